@@ -1,0 +1,18 @@
+//! twinspan: one WebSocket, two lanes, the policy decides.
+//!
+//! The modules stand in dependency order, which is also the order to read them in: each uses only those above it
+//! (`tests/it/architecture.rs` proves it).
+
+// Vocabulary: values that are valid because they exist.
+pub mod topic;
+pub mod message;
+// The wire: bytes on the socket, both directions, no I/O.
+pub mod wire;
+pub mod client;
+// How people write things down, and where they did.
+pub mod units;
+pub mod origin;
+// What every layer below reports to.
+pub mod telemetry;
+// Decisions.
+pub mod policy;

@@ -1,0 +1,435 @@
+//! A message, where it stands in its topic, and where a subscriber wants to begin.
+//!
+//! Nothing here knows how it looks on a socket or at a broker: `wire` and the lanes do.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use crate::topic::Topic;
+
+/// The kinds of transport a topic can take; the route says which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Lane {
+    Ephemeral,
+    Durable,
+}
+
+impl Lane {
+    pub const ALL: [Lane; 2] = [Lane::Ephemeral, Lane::Durable];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Lane::Ephemeral => "ephemeral",
+            Lane::Durable => "durable",
+        }
+    }
+}
+
+impl fmt::Display for Lane {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Identifies a message wherever it is copied to: publishing an id again is the same message again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MessageId(Uuid);
+
+impl MessageId {
+    /// A new id (UUIDv7: they sort by the time they were made, within a process strictly).
+    pub fn new() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// The id of a message that came from a native client without one: the same on every bridge.
+    pub fn derived(topic: &str, position: &str) -> Self {
+        let name = format!("twinspan:{topic}:{position}");
+        Self(Uuid::new_v5(&Uuid::NAMESPACE_URL, name.as_bytes()))
+    }
+
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(Uuid::from_bytes(bytes))
+    }
+
+    pub fn as_bytes(&self) -> &[u8; 16] {
+        self.0.as_bytes()
+    }
+}
+
+impl Default for MessageId {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl FromStr for MessageId {
+    type Err = uuid::Error;
+
+    /// Only the usual text form, so that an id is the same string wherever it is read.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.len() {
+            36 => Uuid::try_parse(text).map(Self),
+            _ => Uuid::try_parse("").map(Self),
+        }
+    }
+}
+
+impl fmt::Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// A point in time in whole milliseconds, the resolution of the wire and of both brokers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Timestamp(i64);
+
+impl Timestamp {
+    pub fn now() -> Self {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Self::from_millis(since.as_millis() as i64)
+    }
+
+    /// Cut to the years that RFC 3339 can write, so that what a broker says can always be shown.
+    pub fn from_millis(millis: i64) -> Self {
+        Self(millis.clamp(-62_135_596_800_000, 253_402_207_200_000))
+    }
+
+    pub fn as_millis(self) -> i64 {
+        self.0
+    }
+
+    /// How long ago this was; zero for the future (clocks of two machines differ).
+    pub fn age(self) -> Duration {
+        Duration::from_millis(Self::now().0.saturating_sub(self.0).max(0) as u64)
+    }
+}
+
+impl FromStr for Timestamp {
+    type Err = jiff::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.parse::<jiff::Timestamp>().map(|t| Self::from_millis(t.as_millisecond()))
+    }
+}
+
+/// RFC 3339 in UTC with milliseconds.
+impl fmt::Display for Timestamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = jiff::Timestamp::from_millisecond(self.0).unwrap_or_default();
+        write!(f, "{time:.3}")
+    }
+}
+
+/// The publisher's own fields: a flat map, carried in NATS headers and Pulsar properties.
+pub type Headers = BTreeMap<String, String>;
+
+/// What a publisher hands in, before the fabric accepted it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Draft {
+    pub id: Option<MessageId>,
+    pub payload: Bytes,
+    pub key: Option<String>,
+    pub headers: Headers,
+    pub event_time: Option<Timestamp>,
+    /// Deliver to groups only after this.
+    pub delay: Option<Duration>,
+}
+
+impl Draft {
+    /// The fabric accepts the message now.
+    pub fn accept(self) -> Message {
+        Message {
+            id: Some(self.id.unwrap_or_default()),
+            ts: Timestamp::now(),
+            payload: self.payload,
+            key: self.key,
+            headers: self.headers,
+            event_time: self.event_time,
+        }
+    }
+}
+
+/// One message. The payload is the bytes that the publisher sent, on every lane.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// Absent only where a native NATS client published.
+    pub id: Option<MessageId>,
+    /// When the fabric accepted it.
+    pub ts: Timestamp,
+    pub payload: Bytes,
+    /// Orders messages, and picks the member of a key-shared group.
+    pub key: Option<String>,
+    pub headers: Headers,
+    /// When it happened, in the publisher's words.
+    pub event_time: Option<Timestamp>,
+}
+
+/// Where the answer to a request goes. The lane that made it knows what it means; nobody else reads it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct ReplyTo {
+    pub address: Arc<str>,
+    /// How long the requester waits, where the request said so.
+    pub timeout: Option<Duration>,
+}
+
+/// What an envelope weighs without its bytes, and each header without its own: a great many small headers would else
+/// be a great deal of memory that nobody counts.
+const ENVELOPE_BYTES: usize = 128;
+const HEADER_BYTES: usize = 96;
+
+/// A message on its way to subscribers, shared by all of them.
+#[derive(Debug)]
+pub struct Envelope {
+    pub topic: Topic,
+    pub lane: Lane,
+    pub message: Message,
+    /// On a durable topic.
+    pub stored: Option<Stored>,
+    /// On a request.
+    pub reply_to: Option<ReplyTo>,
+    /// The event as `wire` encoded it: whoever needs it first makes it, the others share it.
+    encoded: OnceLock<Bytes>,
+}
+
+/// Where a stored message stands.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stored {
+    pub partition: u32,
+    pub place: Place,
+    /// The place in the whole topic: delivery that goes on after it misses nothing of any partition.
+    pub position: Position,
+}
+
+impl Envelope {
+    pub fn ephemeral(topic: Topic, message: Message, reply_to: Option<ReplyTo>) -> Self {
+        Self { topic, lane: Lane::Ephemeral, message, stored: None, reply_to, encoded: OnceLock::new() }
+    }
+
+    pub fn durable(topic: Topic, message: Message, stored: Stored) -> Self {
+        Self {
+            topic,
+            lane: Lane::Durable,
+            message,
+            stored: Some(stored),
+            reply_to: None,
+            encoded: OnceLock::new(),
+        }
+    }
+
+    /// The encoded event, made by the first who asks.
+    pub fn encoded(&self, encode: impl FnOnce(&Self) -> Bytes) -> Bytes {
+        self.encoded.get_or_init(|| encode(self)).clone()
+    }
+
+    /// What this envelope counts against a bound: its bytes, and what holds them.
+    pub fn weight(&self) -> usize {
+        let Message { payload, key, headers, .. } = &self.message;
+        let headers: usize =
+            headers.iter().map(|(name, value)| HEADER_BYTES + name.len() + value.len()).sum();
+        let key = key.as_ref().map_or(0, String::len);
+        ENVELOPE_BYTES + self.topic.as_str().len() + payload.len() + key + headers
+    }
+}
+
+/// One message's place in one partition: in Pulsar's words its ledger, entry, and index within the entry's batch.
+/// The embedded log uses the log's own epoch as ledger and the sequence number as entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place {
+    pub ledger: u64,
+    pub entry: u64,
+    pub index: u32,
+}
+
+/// A place in a whole topic, its partitions included. Clients keep it as an opaque string.
+///
+/// ```text
+/// 12-7-0                          the topic has one partition
+/// 0:12-7-0,3:14-1-2@1763715600123 partitions 0 and 3 are there; any other is where it was at that time
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Position {
+    Whole(Place),
+    Partitioned { reached: Arc<BTreeMap<u32, Place>>, others_from: Timestamp },
+}
+
+impl Position {
+    /// Behind one message of one partition; of the others only a time is known.
+    pub fn in_partition(partition: u32, place: Place, others_from: Timestamp) -> Self {
+        Position::Partitioned { reached: Arc::new([(partition, place)].into()), others_from }
+    }
+
+    /// Whether delivery up to this position includes the message at `place`, as far as the position tells: of a
+    /// partition that it does not name it knows nothing.
+    pub fn covers(&self, partition: u32, place: Place) -> bool {
+        match self {
+            Position::Whole(reached) => partition == 0 && place <= *reached,
+            Position::Partitioned { reached, .. } => {
+                reached.get(&partition).is_some_and(|reached| place <= *reached)
+            }
+        }
+    }
+
+    /// Where this position stands in one partition.
+    pub fn place(&self, partition: u32) -> Option<Place> {
+        match self {
+            Position::Whole(place) => (partition == 0).then_some(*place),
+            Position::Partitioned { reached, .. } => reached.get(&partition).copied(),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{}", self.ledger, self.entry, self.index)
+    }
+}
+
+impl FromStr for Place {
+    type Err = PositionError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut parts = text.split('-');
+        let mut next = || parts.next().and_then(number).ok_or(PositionError);
+        let place = Place {
+            ledger: next()?,
+            entry: next()?,
+            index: u32::try_from(next()?).map_err(|_| PositionError)?,
+        };
+        if parts.next().is_some() { Err(PositionError) } else { Ok(place) }
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Position::Whole(place) => place.fmt(f),
+            Position::Partitioned { reached, others_from } => {
+                for (at, (partition, place)) in reached.iter().enumerate() {
+                    write!(f, "{}{partition}:{place}", if at > 0 { "," } else { "" })?;
+                }
+                write!(f, "@{}", others_from.as_millis())
+            }
+        }
+    }
+}
+
+impl FromStr for Position {
+    type Err = PositionError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let Some((places, time)) = text.split_once('@') else {
+            return text.parse().map(Position::Whole);
+        };
+        let mut reached = BTreeMap::new();
+        for part in places.split(',').filter(|part| !part.is_empty()) {
+            let (partition, place) = part.split_once(':').ok_or(PositionError)?;
+            let partition = number(partition).and_then(|n| u32::try_from(n).ok()).ok_or(PositionError)?;
+            reached.insert(partition, place.parse()?);
+        }
+        let millis = number(time).and_then(|n| i64::try_from(n).ok()).ok_or(PositionError)?;
+        Ok(Position::Partitioned { reached: Arc::new(reached), others_from: Timestamp::from_millis(millis) })
+    }
+}
+
+/// Digits alone: `u64::from_str` would take a sign as well.
+fn number(text: &str) -> Option<u64> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+/// The string is no position that this fabric made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a position: use one as an ack or an event carried it")]
+pub struct PositionError;
+
+/// Where delivery begins.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Start {
+    /// With what is published from now on.
+    #[default]
+    Latest,
+    /// With the oldest that is stored.
+    Earliest,
+    /// With the first message accepted at this time or later.
+    Time(Timestamp),
+    /// With the message after this one.
+    After(Position),
+    /// With the newest n.
+    Last(u32),
+    /// Resumes a pattern: each topic after its position, those not named at a time.
+    Resume { positions: Arc<BTreeMap<Topic, Position>>, others_from: Timestamp },
+}
+
+impl Start {
+    /// Where one topic of the subscription begins.
+    pub fn for_topic(&self, topic: &Topic) -> Start {
+        match self {
+            Start::Resume { positions, others_from } => match positions.get(topic) {
+                Some(position) => Start::After(position.clone()),
+                None => Start::Time(*others_from),
+            },
+            other => other.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_envelope_weighs_at_least_what_it_holds() {
+        let weight =
+            |draft: Draft| Envelope::ephemeral(Topic::parse("a").unwrap(), draft.accept(), None).weight();
+        let empty = weight(Draft::default());
+        assert!(weight(Draft { payload: vec![0; 1000].into(), ..Draft::default() }) >= empty + 1000);
+        assert!(weight(Draft { key: Some("k".repeat(1000)), ..Draft::default() }) >= empty + 1000);
+        // Two strings and their place in a tree, however short they are.
+        let headers = (0..1000).map(|n| (n.to_string(), String::new())).collect();
+        let each = 2 * size_of::<String>() + 3;
+        assert!(weight(Draft { headers, ..Draft::default() }) >= empty + 1000 * each);
+    }
+
+    #[test]
+    fn a_position_reads_back_as_it_was_written() {
+        for text in ["12-7-0", "0:12-7-0,3:14-1-2@1763715600123", "@5"] {
+            assert_eq!(text.parse::<Position>().unwrap().to_string(), text);
+        }
+        for bad in ["", "1-2", "1-2-3-4", "+1-2-3", "1-2-x", "0:1-2-3", "1-2-3@", "1-2-99999999999", "x@1"] {
+            assert!(bad.parse::<Position>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_position_covers_what_stands_at_or_before_it_in_its_partitions() {
+        let place = |entry| Place { ledger: 1, entry, index: 0 };
+        let whole = Position::Whole(place(7));
+        assert!(whole.covers(0, place(7)) && !whole.covers(0, place(8)));
+        let parts: Position = "2:1-7-0@5".parse().unwrap();
+        assert!(parts.covers(2, place(7)) && !parts.covers(2, place(8)) && !parts.covers(0, place(1)));
+    }
+
+    #[test]
+    fn time_is_written_as_rfc_3339_with_milliseconds() {
+        assert_eq!(Timestamp::from_millis(1_763_715_600_123).to_string(), "2025-11-21T09:00:00.123Z");
+        assert_eq!("2025-11-21T10:00:00+01:00".parse::<Timestamp>().unwrap().as_millis(), 1_763_715_600_000);
+        for extreme in [i64::MIN, i64::MAX] {
+            assert!(Timestamp::from_millis(extreme).to_string().parse::<Timestamp>().is_ok());
+        }
+    }
+
+    #[test]
+    fn an_id_is_a_uuid_in_its_usual_form() {
+        let id = MessageId::new();
+        assert_eq!(id.to_string().parse::<MessageId>().unwrap(), id);
+        assert!(id.to_string().replace('-', "").parse::<MessageId>().is_err());
+        assert_eq!(MessageId::derived("a", "1"), MessageId::derived("a", "1"));
+        assert_ne!(MessageId::derived("a", "1"), MessageId::derived("b", "1"));
+    }
+}

@@ -1,0 +1,134 @@
+//! The options of a route: which there are, for which lane, and how each value is read.
+
+use std::sync::Arc;
+
+use toml_edit::Item;
+
+use super::table::{Declare, Overflow};
+use crate::message::Lane;
+use crate::units;
+
+pub const HISTORY_DEFAULT: usize = 100;
+/// A ring is sent as one burst to whoever asks for it, so it cannot be a store.
+pub const HISTORY_MAX: usize = 10_000;
+pub const QUEUE_DEFAULT: usize = 100;
+pub const QUEUE_MAX: usize = 10_000;
+const NAME_BYTES_MAX: usize = 128;
+
+/// Which lane an option is for; `None`: both.
+pub const OPTIONS: [(&str, Option<Lane>); 13] = [
+    ("name", None),
+    ("topic", None),
+    ("lane", None),
+    ("max_payload", None),
+    ("nats", Some(Lane::Ephemeral)),
+    ("history", Some(Lane::Ephemeral)),
+    ("retain", Some(Lane::Ephemeral)),
+    ("queue", Some(Lane::Ephemeral)),
+    ("overflow", Some(Lane::Ephemeral)),
+    ("pulsar", Some(Lane::Durable)),
+    ("outage", Some(Lane::Durable)),
+    ("retention", Some(Lane::Durable)),
+    ("declare", Some(Lane::Durable)),
+];
+
+const NO_AUTHENTICATION: &str = "no authentication is configured in this build, so nobody has rights: leave it out, everyone who may connect may";
+/// Options of the contract that this build cannot honor, and what holds instead.
+pub const NOT_IN_THIS_BUILD: [(&str, &str); 10] = [
+    ("live", "lane = \"both\" is not in this build: leave it out"),
+    ("ack_timeout", "not in this build: a delivery is held until its member acknowledges it or leaves"),
+    ("max_deliveries", "not in this build: a message is delivered until a member acknowledges it"),
+    ("backoff", "not in this build: what a member gives back comes again after the delay it asked for"),
+    ("dead_letter", "not in this build: a message is delivered until a member acknowledges it"),
+    ("dedup_window", "not in this build: a message published twice is stored twice, with the same id"),
+    ("schema", "not in this build: payloads are not looked into"),
+    ("rate", "not in this build: nobody is slowed down by a rate"),
+    ("publish", NO_AUTHENTICATION),
+    ("subscribe", NO_AUTHENTICATION),
+];
+
+pub fn kind(item: &Item) -> &'static str {
+    match item.type_name() {
+        "string" => "a string",
+        "integer" => "an integer",
+        "float" => "a float",
+        "boolean" => "a boolean",
+        "datetime" => "a date",
+        "array" => "an array",
+        _ => "a table",
+    }
+}
+
+pub fn text(item: &Item) -> Result<&str, String> {
+    item.as_str().ok_or_else(|| format!("expected a string, found {}", kind(item)))
+}
+
+pub fn flag(item: &Item) -> Result<bool, String> {
+    item.as_bool().ok_or_else(|| format!("expected true or false, found {}", kind(item)))
+}
+
+pub fn count(item: &Item, min: usize, max: usize) -> Result<usize, String> {
+    let number = item
+        .as_integer()
+        .ok_or_else(|| format!("expected a number from {min} to {max}, found {}", kind(item)))?;
+    match usize::try_from(number) {
+        Ok(count) if (min..=max).contains(&count) => Ok(count),
+        _ => Err(format!("expected a number from {min} to {max}, found {number}")),
+    }
+}
+
+pub fn size(item: &Item) -> Result<u64, String> {
+    match units::parse_size(text(item)?).map_err(|e| e.to_string())? {
+        0 => Err("with no room at all nothing would fit".to_owned()),
+        bytes => Ok(bytes),
+    }
+}
+
+pub fn name(item: &Item) -> Result<Arc<str>, String> {
+    match text(item)? {
+        name if name.trim().is_empty() || name.len() > NAME_BYTES_MAX || name.contains(char::is_control) => {
+            Err(format!("a name is 1 to {NAME_BYTES_MAX} bytes of text: it is the label on every metric"))
+        }
+        name => Ok(name.into()),
+    }
+}
+
+pub fn lane(item: &Item) -> Result<Lane, String> {
+    match text(item)? {
+        "ephemeral" => Ok(Lane::Ephemeral),
+        "durable" => Ok(Lane::Durable),
+        "both" => Err("\"both\" is not in this build: choose \"ephemeral\" or \"durable\"".to_owned()),
+        other => Err(one_of(other, &["ephemeral", "durable"])),
+    }
+}
+
+pub fn outage(item: &Item) -> Result<(), String> {
+    match text(item)? {
+        "reject" => Ok(()),
+        "spool" => Err("\"spool\" is not in this build: a publish that the broker cannot take is refused, \
+                        as \"reject\" says"
+            .to_owned()),
+        other => Err(one_of(other, &["reject"])),
+    }
+}
+
+pub fn overflow(item: &Item) -> Result<Overflow, String> {
+    match text(item)? {
+        "drop_oldest" => Ok(Overflow::DropOldest),
+        "disconnect" => Ok(Overflow::Disconnect),
+        other => Err(one_of(other, &["drop_oldest", "disconnect"])),
+    }
+}
+
+pub fn declare(item: &Item) -> Result<Declare, String> {
+    match text(item)? {
+        "auto" => Ok(Declare::Auto),
+        "required" => Ok(Declare::Required),
+        other => Err(one_of(other, &["auto", "required"])),
+    }
+}
+
+pub fn one_of(found: &str, known: &[&str]) -> String {
+    let quoted: Vec<_> = known.iter().map(|name| format!("{name:?}")).collect();
+    format!("expected {}, found {found:?}", quoted.join(" or "))
+}

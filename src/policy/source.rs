@@ -1,0 +1,423 @@
+//! From the text of a routes file to the table, with everything that is wrong in it.
+//!
+//! ```text
+//! text ──toml_edit──▶ [[route]] ──one by one──▶ drafts ──in pairs──▶ RouteTable
+//!                          └───────── problems, each with its line ──────┘
+//! ```
+//! A mistake in one option hides no other: the option takes its default, reading goes on, and at the end one problem
+//! refuses the whole file. So one run of `check` shows them all, and no file is applied in part.
+
+use std::path::Path;
+
+use toml_edit::{Item, TableLike};
+
+use super::naming;
+use super::options::{self, text};
+use super::table::{Declare, Overflow, Retention, Route, RouteTable, Template, Written};
+use crate::message::Lane;
+use crate::origin::{Origin, Problem, Source, nearest};
+use crate::topic::Pattern;
+use crate::units;
+
+/// Reads the text of a routes file. The path is what the problems name.
+pub fn read(path: &Path, text: &str) -> Result<RouteTable, Vec<Problem>> {
+    let source = Source::parse(path, text).map_err(|problem| vec![problem])?;
+    let mut problems = Vec::new();
+    let drafts = drafts(&source, &mut problems);
+    check_pairs(&drafts, &mut problems);
+    if drafts.is_empty() && problems.is_empty() {
+        let message = "there is no route in this file, so every message would be refused: write a [[route]] \
+                       with topic and lane";
+        problems.push(Problem::new(source.at(None), message));
+    }
+    if problems.is_empty() {
+        Ok(RouteTable::written(drafts.into_iter().map(|draft| (draft.route, draft.written))))
+    } else {
+        problems.sort_by(|a, b| a.at.cmp(&b.at));
+        Err(problems)
+    }
+}
+
+/// A route as far as it could be read.
+struct Draft {
+    route: Route,
+    written: Written,
+    /// Whether `route.lane` is what the file says.
+    lane_known: bool,
+}
+
+fn drafts(source: &Source, problems: &mut Vec<Problem>) -> Vec<Draft> {
+    let mut drafts = Vec::new();
+    for (key, item) in source.root().iter() {
+        let at = source.at(source.root().key(key).and_then(|key| key.span()));
+        if key != "route" {
+            let meant = nearest(key, ["route"]).map_or("", |_| "; did you mean [[route]]?");
+            problems.push(Problem::new(at, format!("unknown key {key:?}{meant}")));
+            continue;
+        }
+        if let Some(tables) = item.as_array_of_tables() {
+            for table in tables {
+                let at = source.at(table.span());
+                drafts.extend(Reader::new(source, table, at, problems).route());
+            }
+        } else if let Some(array) = item.as_array() {
+            for value in array {
+                let at = source.at(value.span());
+                match value.as_inline_table() {
+                    Some(table) => drafts.extend(Reader::new(source, table, at, problems).route()),
+                    None => problems.push(Problem::new(at, "a route is a table: write [[route]]")),
+                }
+            }
+        } else {
+            problems
+                .push(Problem::new(at, "there can be several routes: write [[route]], in double brackets"));
+        }
+    }
+    drafts
+}
+
+/// Reads the options of one route, or of a table in it.
+struct Reader<'a> {
+    source: &'a Source,
+    table: &'a dyn TableLike,
+    problems: &'a mut Vec<Problem>,
+    written: Written,
+}
+
+impl<'a> Reader<'a> {
+    fn new(source: &'a Source, table: &'a dyn TableLike, at: Origin, problems: &'a mut Vec<Problem>) -> Self {
+        Self { source, table, problems, written: Written { route: at, ..Written::default() } }
+    }
+
+    fn route(mut self) -> Option<Draft> {
+        self.refuse_unknown(&options::OPTIONS.map(|(name, _)| name));
+        let pattern = self.required("topic", |item| Pattern::parse(text(item)?).map_err(|e| e.to_string()));
+        let lane = self.required("lane", options::lane);
+        if let Some(lane) = lane {
+            self.refuse_other_lane(lane);
+        }
+        let name = self.optional("name", options::name);
+        let nats = self.optional("nats", |item| naming::nats(text(item)?).map_err(|e| e.to_string()));
+        let pulsar = self.optional("pulsar", |item| naming::pulsar(text(item)?).map_err(|e| e.to_string()));
+        self.optional("outage", options::outage);
+        let history = self.optional("history", |item| options::count(item, 0, options::HISTORY_MAX));
+        let retain = self.optional("retain", options::flag);
+        let queue = self.optional("queue", |item| options::count(item, 1, options::QUEUE_MAX));
+        let overflow = self.optional("overflow", options::overflow);
+        let retention = self.retention();
+        let declare = self.optional("declare", options::declare);
+        let max_payload =
+            self.optional("max_payload", |item| options::size(item).map(|bytes| bytes as usize));
+
+        // A topic that could not be read has its problem already; without one there is nothing to compare.
+        let pattern = pattern?;
+        let route = Route {
+            name: name.unwrap_or_else(|| pattern.as_str().into()),
+            pattern,
+            lane: lane.unwrap_or(Lane::Ephemeral),
+            nats: nats.or_else(|| Template::parse(naming::NATS_DEFAULT))?,
+            pulsar: pulsar.or_else(|| Template::parse(naming::PULSAR_DEFAULT))?,
+            history: history.unwrap_or(options::HISTORY_DEFAULT),
+            retain: retain.unwrap_or(false),
+            queue: queue.unwrap_or(options::QUEUE_DEFAULT),
+            overflow: overflow.unwrap_or(Overflow::DropOldest),
+            retention,
+            declare: declare.unwrap_or(Declare::Auto),
+            max_payload,
+        };
+        Some(Draft { route, written: self.written, lane_known: lane.is_some() })
+    }
+
+    fn retention(&mut self) -> Retention {
+        let Some((_, item)) = self.table.get_key_value("retention") else {
+            return Retention::default();
+        };
+        let at = self.place("retention");
+        self.written.options.insert("retention", at.clone());
+        let Some(table) = item.as_table_like() else {
+            let message = format!(
+                "retention: expected a table such as {{ age = \"7d\" }}, found {}",
+                options::kind(item)
+            );
+            self.problems.push(Problem::new(at, message));
+            return Retention::default();
+        };
+        let mut inner = Reader::new(self.source, table, at, self.problems);
+        inner.refuse_unknown(&["age", "size"]);
+        let age = inner.optional("age", |item| {
+            match units::parse_duration(text(item)?).map_err(|e| e.to_string())? {
+                age if age.is_zero() => Err("with no age at all nothing would be kept".to_owned()),
+                age => Ok(age),
+            }
+        });
+        Retention { age, size: inner.optional("size", options::size) }
+    }
+
+    fn refuse_unknown(&mut self, known: &[&str]) {
+        for (key, _) in self.table.iter() {
+            let mut refused = options::NOT_IN_THIS_BUILD.iter();
+            let message = if known.contains(&key) {
+                continue;
+            } else if let Some((name, why)) = refused.find(|(name, _)| *name == key) {
+                format!("{name}: {why}")
+            } else {
+                match nearest(key, known.iter().copied()) {
+                    Some(meant) => format!("unknown key {key:?}; did you mean {meant:?}?"),
+                    None => format!("unknown key {key:?}; known are {}", known.join(", ")),
+                }
+            };
+            self.problems.push(Problem::new(self.place(key), message));
+        }
+    }
+
+    fn refuse_other_lane(&mut self, lane: Lane) {
+        for (name, belongs) in options::OPTIONS {
+            if belongs.is_some_and(|other| other != lane) && self.table.contains_key(name) {
+                let other = if lane == Lane::Durable { "an ephemeral" } else { "a durable" };
+                let message = format!(
+                    "{name} is an option of {other} route, and {} says lane = \"{lane}\": leave one out",
+                    self.place("lane")
+                );
+                self.problems.push(Problem::new(self.place(name), message));
+            }
+        }
+    }
+
+    fn required<T>(&mut self, key: &'static str, read: impl Fn(&Item) -> Result<T, String>) -> Option<T> {
+        if !self.table.contains_key(key) {
+            let message = match key {
+                "lane" => "this route has no lane: write lane = \"ephemeral\" or lane = \"durable\"",
+                _ => "this route has no topic: write topic = \"orders.>\" or another pattern",
+            };
+            self.problems.push(Problem::new(self.written.route.clone(), message));
+        }
+        self.optional(key, read)
+    }
+
+    /// The option's value where it is there and right. Where it is wrong, the problem is noted.
+    fn optional<T>(&mut self, key: &'static str, read: impl Fn(&Item) -> Result<T, String>) -> Option<T> {
+        let item = self.table.get(key)?;
+        let at = self.place(key);
+        self.written.options.insert(key, at.clone());
+        read(item).map_err(|why| self.problems.push(Problem::new(at, format!("{key}: {why}")))).ok()
+    }
+
+    fn place(&self, key: &str) -> Origin {
+        self.source.at(self.table.key(key).and_then(|key| key.span()))
+    }
+}
+
+fn check_pairs(drafts: &[Draft], problems: &mut Vec<Problem>) {
+    for (at, later) in drafts.iter().enumerate() {
+        for earlier in &drafts[..at] {
+            if let Some(problem) = conflict(later, earlier) {
+                problems.push(problem);
+            }
+        }
+    }
+}
+
+fn conflict(later: &Draft, earlier: &Draft) -> Option<Problem> {
+    let place = |draft: &Draft, key| draft.written.options.get(key).unwrap_or(&draft.written.route).clone();
+    let (a, b) = (&later.route, &earlier.route);
+    if a.pattern == b.pattern {
+        let message = format!(
+            "topic \"{}\" is the pattern of the route at {} as well: which of the two would it take?",
+            a.pattern,
+            place(earlier, "topic")
+        );
+        return Some(Problem::new(place(later, "topic"), message));
+    }
+    if a.name == b.name {
+        let message = format!(
+            "name {:?} is the name of the route at {} as well: metrics could not tell them apart",
+            a.name,
+            place(earlier, "name")
+        );
+        return Some(Problem::new(place(later, "name"), message));
+    }
+    if a.lane != b.lane || !later.lane_known || !earlier.lane_known {
+        return None;
+    }
+    let (key, what, ours, theirs) = match a.lane {
+        Lane::Ephemeral => ("nats", "NATS subject", &a.nats, &b.nats),
+        Lane::Durable => ("pulsar", "Pulsar topic", &a.pulsar, &b.pulsar),
+    };
+    naming::collide((ours, &a.pattern), (theirs, &b.pattern)).then(|| {
+        let message = format!(
+            "two topics would be one {what}: this route's names are {}, and those of the route at {} are {}; \
+             change one of the templates",
+            ours.apply(a.pattern.as_str()),
+            place(earlier, key),
+            theirs.apply(b.pattern.as_str()),
+        );
+        Problem::new(place(later, key), message)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problems(text: &str) -> Vec<String> {
+        let found = read(Path::new("r.toml"), text).err().unwrap_or_default();
+        found.iter().map(Problem::to_string).collect()
+    }
+
+    #[test]
+    fn a_route_of_each_lane_reads_with_its_options_and_its_defaults() {
+        let text = r#"
+            [[route]]
+            name = "telemetry"
+            topic = "telemetry.>"
+            lane = "ephemeral"
+            nats = "acme.{topic}"
+            history = 5
+            retain = true
+            queue = 7
+            overflow = "disconnect"
+            max_payload = "4KiB"
+            [[route]]
+            topic = "orders.>"
+            lane = "durable"
+            pulsar = "persistent://acme/billing/{topic}"
+            outage = "reject"
+            retention = { age = "7d", size = "10GiB" }
+            declare = "required"
+        "#;
+        let table = read(Path::new("r.toml"), text).unwrap();
+        let [durable, ephemeral] = table.routes() else { panic!("{table:?}") };
+        assert_eq!((&*ephemeral.name, ephemeral.lane), ("telemetry", Lane::Ephemeral));
+        assert_eq!((ephemeral.history, ephemeral.retain, ephemeral.queue), (5, true, 7));
+        assert_eq!((ephemeral.overflow, ephemeral.max_payload), (Overflow::Disconnect, Some(4096)));
+        assert_eq!(ephemeral.nats.apply("x"), "acme.x");
+        assert_eq!((&*durable.name, durable.lane), ("orders.>", Lane::Durable));
+        assert_eq!((durable.history, durable.queue, durable.overflow), (100, 100, Overflow::DropOldest));
+        assert_eq!((durable.declare, durable.retention.size), (Declare::Required, Some(10 << 30)));
+        assert_eq!(durable.retention.age, Some(std::time::Duration::from_secs(604_800)));
+        assert_eq!(durable.pulsar.apply("orders.eu"), "persistent://acme/billing/orders.eu");
+        let (_, written) = table.entries().next().unwrap();
+        assert_eq!(written.route.to_string(), "r.toml:12");
+        assert_eq!(written.options["declare"].to_string(), "r.toml:18");
+    }
+
+    #[test]
+    fn routes_read_alike_however_toml_writes_them() {
+        let tables = "[[route]]\ntopic = \"a\"\nlane = \"durable\"\n[route.retention]\nage = \"1d\"\n";
+        let dotted = "[[route]]\ntopic = \"a\"\nlane = \"durable\"\nretention.age = \"1d\"\n";
+        let inline = "route = [{ topic = \"a\", lane = \"durable\", retention = { age = \"1d\" } }]\n";
+        let read = |text| read(Path::new("r.toml"), text).unwrap();
+        assert_eq!(read(tables).routes(), read(inline).routes());
+        assert_eq!(read(tables).routes(), read(dotted).routes());
+        assert!(read(tables).routes()[0].retention.age.is_some());
+    }
+
+    #[test]
+    fn each_mistake_in_a_route_is_a_sentence_at_its_line() {
+        let table = [
+            ("ephemeral", "histroy = 1", "unknown key \"histroy\"; did you mean \"history\"?"),
+            ("ephemeral", "colour = 1", "unknown key \"colour\"; known are name, topic, lane, "),
+            ("ephemeral", "history = \"many\"", "history: expected a number from 0 to 10000, found a string"),
+            ("ephemeral", "history = -1", "history: expected a number from 0 to 10000, found -1"),
+            ("ephemeral", "queue = 0", "queue: expected a number from 1 to 10000, found 0"),
+            ("ephemeral", "retain = 1", "retain: expected true or false, found an integer"),
+            (
+                "ephemeral",
+                "overflow = \"drop\"",
+                "overflow: expected \"drop_oldest\" or \"disconnect\", found",
+            ),
+            ("ephemeral", "nats = \"acme\"", "nats: \"acme\" must hold {topic} exactly once"),
+            ("ephemeral", "name = \"\"", "name: a name is 1 to 128 bytes"),
+            ("ephemeral", "max_payload = \"1K\"", "max_payload: \"1K\" is no size"),
+            ("ephemeral", "max_payload = \"0B\"", "max_payload: with no room at all"),
+            (
+                "ephemeral",
+                "retention = {}",
+                "retention is an option of a durable route, and r.toml:3 says lane =",
+            ),
+            (
+                "durable",
+                "history = 3",
+                "history is an option of an ephemeral route, and r.toml:3 says lane =",
+            ),
+            ("durable", "pulsar = \"{topic}\"", "pulsar: \"{topic}\" is no Pulsar topic"),
+            (
+                "durable",
+                "retention = \"7d\"",
+                "retention: expected a table such as { age = \"7d\" }, found a string",
+            ),
+            ("durable", "retention = { aeg = \"7d\" }", "unknown key \"aeg\"; did you mean \"age\"?"),
+            ("durable", "retention.age = \"7\"", "age: \"7\" is no duration"),
+            ("durable", "retention.age = \"0s\"", "age: with no age at all"),
+            ("durable", "declare = \"must\"", "declare: expected \"auto\" or \"required\", found \"must\""),
+            ("durable", "outage = \"spool\"", "outage: \"spool\" is not in this build"),
+            ("durable", "ack_timeout = \"30s\"", "ack_timeout: not in this build"),
+            ("durable", "rate = \"500/s\"", "rate: not in this build"),
+            (
+                "durable",
+                "publish = [\"role:writer\"]",
+                "publish: no authentication is configured in this build",
+            ),
+            ("both", "", "lane: \"both\" is not in this build"),
+            ("fast", "", "lane: expected \"ephemeral\" or \"durable\", found \"fast\""),
+        ];
+        for (lane, line, expected) in table {
+            let found = problems(&format!("[[route]]\ntopic = \"a.>\"\nlane = \"{lane}\"\n{line}\n"));
+            let at = if line.is_empty() { 3 } else { 4 };
+            assert_eq!(found.len(), 1, "{line}: {found:?}");
+            assert!(found[0].starts_with(&format!("r.toml:{at}: {expected}")), "{line}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_usable_route_is_refused_and_says_what_to_write() {
+        let table = [
+            ("", "r.toml:1: there is no route in this file"),
+            ("[[routes]]", "r.toml:1: unknown key \"routes\"; did you mean [[route]]?"),
+            ("[route]\ntopic = \"a\"", "r.toml:1: there can be several routes: write [[route]]"),
+            ("route = [1]", "r.toml:1: a route is a table"),
+            ("[[route]]\nlane = \"durable\"", "r.toml:1: this route has no topic"),
+            ("[[route]]\ntopic = \"a\"", "r.toml:1: this route has no lane"),
+            ("[[route]]\ntopic = \"a.>.b\"\nlane=\"durable\"", "r.toml:2: topic: `>` stands for the rest"),
+            ("[[route]]\ntopic = \"a\"\nlane = \"dur", "r.toml:3: this is not TOML: "),
+        ];
+        for (text, expected) in table {
+            let found = problems(text);
+            assert_eq!(found.len(), 1, "{text}: {found:?}");
+            assert!(found[0].starts_with(expected), "{text}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn two_routes_that_cannot_stand_together_are_named_by_both_lines() {
+        let two = |a: &str, b: &str| {
+            problems(&format!("[[route]]\nlane = \"durable\"\n{a}\n[[route]]\nlane = \"durable\"\n{b}\n"))
+        };
+        let acme = "topic = \"orders.>\"\npulsar = \"persistent://public/default/acme.{topic}\"";
+        let table = [
+            (
+                "topic = \"a\"",
+                "topic = \"a\"",
+                "r.toml:6: topic \"a\" is the pattern of the route at r.toml:3",
+            ),
+            (
+                "topic = \"a\"\nname = \"x\"",
+                "topic = \"b\"\nname = \"x\"",
+                "r.toml:8: name \"x\" is the name of the route at r.toml:4",
+            ),
+            (
+                "topic = \"b\"",
+                "topic = \"a\"\nname = \"b\"",
+                "r.toml:7: name \"b\" is the name of the route at r.toml:1",
+            ),
+            ("topic = \">\"", acme, "r.toml:7: two topics would be one Pulsar topic: "),
+        ];
+        for (a, b, expected) in table {
+            let found = two(a, b);
+            assert_eq!(found.len(), 1, "{a} {b}: {found:?}");
+            assert!(found[0].starts_with(expected), "{found:?}");
+        }
+        assert!(two("topic = \">\"", acme)[0].contains("those of the route at r.toml:1 are"));
+        assert_eq!(two("topic = \"a.>\"", acme), Vec::<String>::new());
+    }
+}

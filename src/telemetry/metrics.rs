@@ -1,0 +1,312 @@
+//! Every metric: name, help, labels, and the verb that moves it.
+//!
+//! The label of a topic's traffic is its route: routes are few, topics and clients are not.
+
+use std::time::Duration;
+
+use prometheus::{
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+
+use crate::message::{Lane, Timestamp};
+use crate::wire::code::{Close, Code};
+
+/// One set for every latency, so that the lanes compare: 50 µs to 10 s.
+const LATENCY_BUCKETS: [f64; 17] = [
+    50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 100e-3, 250e-3, 500e-3, 1.0, 2.5,
+    5.0, 10.0,
+];
+const DEPTH_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+
+pub struct Metrics {
+    registry: Registry,
+    connections: IntGaugeVec,
+    connections_total: IntCounterVec,
+    close_total: IntCounterVec,
+    subscriptions: IntGaugeVec,
+    messages_total: IntCounterVec,
+    message_bytes_total: IntCounterVec,
+    publish_duration: HistogramVec,
+    delivery_duration: HistogramVec,
+    request_duration: HistogramVec,
+    probe_duration: HistogramVec,
+    lane_up: IntGaugeVec,
+    dropped_total: IntCounterVec,
+    gaps_total: IntCounterVec,
+    redelivered_total: IntCounterVec,
+    queue_depth: Histogram,
+    errors_total: IntCounterVec,
+    reload_success: IntGauge,
+    reload_timestamp: Gauge,
+}
+
+impl Metrics {
+    /// One process may hold several of these (the tests do): each has a registry of its own.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let made = Metrics {
+            connections: gauges(&registry, "connections", "Open client connections.", &["dialect"]),
+            connections_total: counters(
+                &registry,
+                "connections_total",
+                "Client connections.",
+                &["dialect", "outcome"],
+            ),
+            close_total: counters(&registry, "close_total", "WebSocket closes by close code.", &["code"]),
+            subscriptions: gauges(&registry, "subscriptions", "Live subscriptions.", &["lane"]),
+            messages_total: counters(
+                &registry,
+                "messages_total",
+                "Messages in from publishers and out to subscribers.",
+                &["lane", "route", "direction", "outcome"],
+            ),
+            message_bytes_total: counters(
+                &registry,
+                "message_bytes_total",
+                "Payload bytes in from publishers and out to subscribers.",
+                &["lane", "route", "direction"],
+            ),
+            publish_duration: latency(
+                &registry,
+                "publish_duration_seconds",
+                "From the publish frame read to the lane's answer.",
+                &["lane", "route"],
+            ),
+            delivery_duration: latency(
+                &registry,
+                "delivery_duration_seconds",
+                "From the message accepted to its event written to the socket.",
+                &["lane", "route"],
+            ),
+            request_duration: latency(
+                &registry,
+                "request_duration_seconds",
+                "From request to response.",
+                &["route"],
+            ),
+            probe_duration: latency(
+                &registry,
+                "probe_duration_seconds",
+                "A round trip through the lane.",
+                &["lane"],
+            ),
+            lane_up: gauges(&registry, "lane_up", "1 while the lane answers its probes.", &["lane"]),
+            dropped_total: counters(
+                &registry,
+                "dropped_total",
+                "Messages that were dropped, by reason.",
+                &["lane", "route", "reason"],
+            ),
+            gaps_total: counters(&registry, "gaps_total", "Gaps announced to subscribers.", &["route"]),
+            redelivered_total: counters(
+                &registry,
+                "redelivered_total",
+                "Deliveries to group members after the first.",
+                &["route"],
+            ),
+            queue_depth: registered(
+                &registry,
+                Histogram::with_opts(HistogramOpts {
+                    common_opts: opts("queue_depth", "Frames waiting for one client, seen at each write."),
+                    buckets: DEPTH_BUCKETS.to_vec(),
+                }),
+            ),
+            errors_total: counters(
+                &registry,
+                "errors_total",
+                "Errors answered to clients, by code.",
+                &["code"],
+            ),
+            reload_success: registered(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "config_last_reload_success",
+                    "1 where the last reload took effect.",
+                )),
+            ),
+            reload_timestamp: registered(
+                &registry,
+                Gauge::with_opts(opts(
+                    "config_last_reload_timestamp_seconds",
+                    "When routes last took effect.",
+                )),
+            ),
+            registry,
+        };
+        let build = opts("build_info", "Always 1; the version is its label.")
+            .const_label("version", env!("CARGO_PKG_VERSION"));
+        registered(&made.registry, IntGauge::with_opts(build)).set(1);
+        #[cfg(target_os = "linux")]
+        {
+            // Refused only where the name is taken, and the registry is new.
+            let _ =
+                made.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()));
+        }
+        for lane in Lane::ALL {
+            made.lane_up.with_label_values(&[lane.as_str()]).set(0);
+        }
+        for code in Code::ALL {
+            made.errors_total.with_label_values(&[code.as_str()]);
+        }
+        made
+    }
+
+    /// The text exposition.
+    pub fn render(&self) -> String {
+        let mut text = Vec::new();
+        // Writing to memory fails only on a metric family without metrics, which the registry never gathers.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    pub fn connected(&self, dialect: &str) {
+        self.connections.with_label_values(&[dialect]).inc();
+        self.connections_total.with_label_values(&[dialect, "accepted"]).inc();
+    }
+
+    pub fn refused_connection(&self, dialect: &str) {
+        self.connections_total.with_label_values(&[dialect, "refused"]).inc();
+    }
+
+    pub fn disconnected(&self, dialect: &str) {
+        self.connections.with_label_values(&[dialect]).dec();
+    }
+
+    pub fn closed(&self, close: Close) {
+        self.close_total.with_label_values(&[&close.code().to_string()]).inc();
+    }
+
+    pub fn subscribed(&self, lane: Lane) {
+        self.subscriptions.with_label_values(&[lane.as_str()]).inc();
+    }
+
+    pub fn unsubscribed(&self, lane: Lane) {
+        self.subscriptions.with_label_values(&[lane.as_str()]).dec();
+    }
+
+    pub fn published(&self, lane: Lane, route: &str, bytes: usize, elapsed: Duration) {
+        let lane = lane.as_str();
+        self.messages_total.with_label_values(&[lane, route, "in", "ok"]).inc();
+        self.message_bytes_total.with_label_values(&[lane, route, "in"]).inc_by(bytes as u64);
+        self.publish_duration.with_label_values(&[lane, route]).observe(elapsed.as_secs_f64());
+    }
+
+    pub fn publish_failed(&self, lane: Lane, route: &str, code: Code) {
+        self.messages_total
+            .with_label_values(&[lane.as_str(), route, "in", &code.as_str().to_lowercase()])
+            .inc();
+    }
+
+    /// Events of one route were written to one client's socket, each so old.
+    pub fn delivered(&self, lane: Lane, route: &str, bytes: usize, ages: &[Duration]) {
+        let lane = lane.as_str();
+        self.messages_total.with_label_values(&[lane, route, "out", "ok"]).inc_by(ages.len() as u64);
+        self.message_bytes_total.with_label_values(&[lane, route, "out"]).inc_by(bytes as u64);
+        let duration = self.delivery_duration.with_label_values(&[lane, route]);
+        for age in ages {
+            duration.observe(age.as_secs_f64());
+        }
+    }
+
+    pub fn requested(&self, route: &str, elapsed: Duration) {
+        self.request_duration.with_label_values(&[route]).observe(elapsed.as_secs_f64());
+    }
+
+    pub fn probed(&self, lane: Lane, elapsed: Duration) {
+        self.probe_duration.with_label_values(&[lane.as_str()]).observe(elapsed.as_secs_f64());
+    }
+
+    pub fn lane_is(&self, lane: Lane, up: bool) {
+        self.lane_up.with_label_values(&[lane.as_str()]).set(up.into());
+    }
+
+    pub fn dropped(&self, lane: Lane, route: &str, reason: &str, count: u64) {
+        self.dropped_total.with_label_values(&[lane.as_str(), route, reason]).inc_by(count);
+    }
+
+    pub fn gap(&self, route: &str) {
+        self.gaps_total.with_label_values(&[route]).inc();
+    }
+
+    pub fn redelivered(&self, route: &str) {
+        self.redelivered_total.with_label_values(&[route]).inc();
+    }
+
+    pub fn queued(&self, depth: usize) {
+        self.queue_depth.observe(depth as f64);
+    }
+
+    pub fn answered_error(&self, code: Code) {
+        self.errors_total.with_label_values(&[code.as_str()]).inc();
+    }
+
+    pub fn reloaded(&self, success: bool) {
+        self.reload_success.set(success.into());
+        if success {
+            self.reload_timestamp.set(Timestamp::now().as_millis() as f64 / 1000.0);
+        }
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn opts(name: &str, help: &str) -> Opts {
+    Opts::new(format!("twinspan_{name}"), help)
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    registered(registry, IntCounterVec::new(opts(name, help), labels))
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    registered(registry, IntGaugeVec::new(opts(name, help), labels))
+}
+
+fn latency(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
+    histogram(registry, name, help, labels, LATENCY_BUCKETS.to_vec())
+}
+
+fn histogram(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+    buckets: Vec<f64>,
+) -> HistogramVec {
+    let opts = HistogramOpts { common_opts: opts(name, help), buckets };
+    registered(registry, HistogramVec::new(opts, labels))
+}
+
+/// The names and labels are constants of this file and the registry is new, so neither step can fail; the test below
+/// makes every one of them.
+#[allow(clippy::expect_used)]
+fn registered<C: prometheus::core::Collector + Clone + 'static>(
+    registry: &Registry,
+    collector: prometheus::Result<C>,
+) -> C {
+    let collector = collector.expect("a constant metric is well formed");
+    registry.register(Box::new(collector.clone())).expect("a constant metric is registered once");
+    collector
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_can_be_made_and_rendered() {
+        let metrics = Metrics::new();
+        metrics.published(Lane::Durable, "orders", 3, Duration::from_millis(2));
+        let text = metrics.render();
+        assert!(text.contains("twinspan_build_info{version="), "{text}");
+        assert!(text.contains(
+            "twinspan_messages_total{direction=\"in\",lane=\"durable\",outcome=\"ok\",route=\"orders\"} 1"
+        ));
+        assert!(text.contains("process_resident_memory_bytes"));
+    }
+}

@@ -16,3 +16,5 @@ pub mod origin;
 pub mod telemetry;
 // Decisions.
 pub mod policy;
+// Two contracts, two carriers each.
+pub mod lane;

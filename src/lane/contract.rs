@@ -1,0 +1,237 @@
+//! The two lane contracts, side by side. Each comment is a promise, and the contract suites in `tests/it/` hold
+//! every carrier to it.
+//!
+//! ```text
+//!            EphemeralLane                 DurableLane
+//! publish    handed to a live connection   stored
+//! subscribe  an Ear hears what comes       a Tail is followed, a Reader catches up, a Member takes its share
+//! behind     the ear's owner drops         nobody drops: who is slow leaves the tail and reads from storage
+//! ```
+//! A lane finds a topic's physical name, history and retention in the route that the caller decided on, or, for
+//! what comes from a broker, in the policy. It knows nothing of clients.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
+
+use super::tail::Tail;
+use crate::message::{Envelope, Message, Position, ReplyTo, Start};
+use crate::policy::table::Route;
+use crate::topic::{Pattern, Topic};
+
+/// Why a lane did not do what it was asked. Each says what became of the message.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LaneError {
+    /// Nothing was sent or stored.
+    #[error("{0}; nothing was sent or stored")]
+    Unavailable(String),
+    /// It was sent, and no answer came.
+    #[error("{0}; the message may or may not be stored")]
+    OutcomeUnknown(String),
+    /// Nothing was stored.
+    #[error("{0}; nothing was stored")]
+    StorageFull(String),
+    /// The broker takes at most `max` bytes. Nothing was sent.
+    #[error("the message has {size} bytes, the broker takes {max}; nothing was sent")]
+    TooLarge { size: usize, max: usize },
+    /// The broker does not allow it.
+    #[error("{0}")]
+    Forbidden(String),
+    #[error("nobody serves `{0}`")]
+    NoResponders(Topic),
+    #[error("no answer from `{0}` in time")]
+    Timeout(Topic),
+    /// The position, group or topic asked for cannot be served as asked.
+    #[error("{0}")]
+    BadRequest(String),
+    #[error("{0}")]
+    GroupBusy(String),
+    /// What is stored at this place does not match its checksum: it is named, never handed out.
+    #[error(
+        "the record at {place} of `{topic}` is corrupt (its checksum does not match); it was not delivered"
+    )]
+    Corrupt { topic: Topic, place: String },
+    /// A defect here or at the broker.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// What is known of a lane's broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LaneState {
+    Up,
+    /// What failed, in a sentence.
+    Down(String),
+}
+
+impl LaneState {
+    pub fn is_up(&self) -> bool {
+        matches!(self, LaneState::Up)
+    }
+}
+
+/// Hears what an ephemeral lane brings. Called from the lane's own task, so it never waits.
+pub trait Ear: Send + Sync {
+    fn hear(&self, route: &Arc<Route>, envelope: &Arc<Envelope>);
+
+    /// The broker was away: what was published meanwhile is lost, and nobody knows how much.
+    fn missed(&self);
+}
+
+/// An ear's place in a lane. Dropping it ends the hearing.
+pub struct Listening {
+    /// What the history held when the ear was placed, per topic oldest first. Whatever is not in here and comes
+    /// later is heard; nothing is in both.
+    pub history: Vec<(Arc<Route>, Arc<Envelope>)>,
+    /// Runs when the place is given up.
+    pub on_drop: Box<dyn Send + Sync + std::any::Any>,
+}
+
+/// Low latency, at most once.
+#[async_trait]
+pub trait EphemeralLane: Send + Sync {
+    /// Returns once the message was handed to a live connection (in process: to every ear). Fails at once, with
+    /// nothing buffered, while there is no connection, and never waits longer than the lane's deadline.
+    /// One caller's messages on one topic are heard in the order of the calls.
+    async fn publish(&self, route: &Arc<Route>, topic: &Topic, message: Message) -> Result<(), LaneError>;
+
+    /// Returns once every message published from now on, by anyone anywhere, will be heard. What the broker refuses
+    /// is `Forbidden`, never silence. With a group, each message is heard by one ear of the group, over all bridges.
+    /// `last` asks for the newest of each matching topic's history. Only topics whose route takes this lane are
+    /// heard, each message once per ear, whatever upstream subscriptions there are.
+    async fn listen(
+        &self,
+        pattern: &Pattern,
+        group: Option<&str>,
+        last: usize,
+        ear: Arc<dyn Ear>,
+    ) -> Result<Listening, LaneError>;
+
+    /// Returns the first reply. `NoResponders` at once where nobody listens, `Timeout` where nobody answered in time;
+    /// a request that was dropped leaves nothing behind.
+    async fn request(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        message: Message,
+        timeout: Duration,
+    ) -> Result<Message, LaneError>;
+
+    /// Answers a request that an ear heard. A reply that nobody waits for any more is dropped.
+    async fn reply(&self, to: &ReplyTo, message: Message) -> Result<(), LaneError>;
+
+    /// A round trip through the lane, timed. Fails within a second where the lane cannot be reached.
+    async fn probe(&self) -> Result<Duration, LaneError>;
+
+    /// The state now and as it changes. A broker that was killed, froze or cannot be reached is `Down` within 3 s.
+    fn state(&self) -> watch::Receiver<LaneState>;
+
+    /// Hands over what is under way and closes the connections. Ends within a second.
+    async fn close(&self);
+}
+
+/// What becomes of an appended message: its position once it is stored.
+pub type Receipt = BoxFuture<'static, Result<Position, LaneError>>;
+
+/// Stored until retention removes it.
+#[async_trait]
+pub trait DurableLane: Send + Sync {
+    /// Returns once the message has its place in line; waits while the line is full. The receipt is ready once the
+    /// message survives a restart of the bridge and of the broker, or with an error that says what became of it;
+    /// never later than the publish timeout after the call; a message that found no place in line by then is
+    /// `Unavailable`. One caller's messages on one topic are stored in the order of the calls. What was confirmed
+    /// can be read from then on. Dropping a receipt takes nothing back.
+    async fn append(&self, route: &Arc<Route>, topic: &Topic, message: Message)
+    -> Result<Receipt, LaneError>;
+
+    /// The topic's shared tail: what is stored from now on, however many follow it. It ends only with an error that
+    /// it hands to its followers.
+    async fn tail(&self, route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError>;
+
+    /// Reads what is stored now, in the order of storage, each message once, from `start` on.
+    /// Whoever follows the `Tail` first and reads then misses nothing: the two overlap.
+    /// A position that this lane did not make, or that its storage does not know, is `BadRequest`.
+    async fn read(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        start: Start,
+    ) -> Result<Box<dyn Reader>, LaneError>;
+
+    /// Joins a group of mode `shared`; `start` says where a new group begins, an existing one goes on where it stood.
+    /// Each message goes to one member, `prefetch` of them unacknowledged at most. What a member held when it was
+    /// dropped goes to another member, or waits for the next.
+    async fn join(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        group: &str,
+        start: Start,
+        prefetch: u32,
+    ) -> Result<Box<dyn Member>, LaneError>;
+
+    /// The topics that match and exist in storage, and whose route in force takes this lane.
+    async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError>;
+
+    /// Creates the topic in storage. `false`: it was there.
+    async fn create(&self, route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError>;
+
+    /// How much of a topic its groups have not acknowledged: the largest number of any group. In Pulsar this counts
+    /// entries, and a native batch is one.
+    async fn backlog(&self, route: &Arc<Route>, topic: &Topic) -> Result<u64, LaneError>;
+
+    /// As on the ephemeral lane: a round trip through storage (a message written and confirmed), timed.
+    async fn probe(&self) -> Result<Duration, LaneError>;
+
+    fn state(&self) -> watch::Receiver<LaneState>;
+
+    /// Confirms what is under way and closes. Ends within five seconds.
+    async fn close(&self);
+}
+
+/// Reads what one topic holds when the reader is opened, and ends there: what is stored later comes by the `Tail`.
+#[async_trait]
+pub trait Reader: Send {
+    /// The next messages, at least one, in the order of storage; `None` once everything that was stored when the
+    /// reader was opened has been returned, also where that was nothing. A record that cannot be read is an error of
+    /// its own, and reading goes on behind it. Cancel safe: what a dropped call would have returned, the next one
+    /// returns.
+    async fn next(&mut self) -> Result<Option<Vec<Result<Arc<Envelope>, LaneError>>>, LaneError>;
+
+    /// Whether retention had removed messages that this reader was asked for. Told once.
+    fn skipped(&mut self) -> bool;
+}
+
+/// One delivery of one message to a member.
+#[derive(Debug, Clone)]
+pub struct Handed {
+    pub envelope: Arc<Envelope>,
+    /// 1 for the first.
+    pub attempt: u32,
+    pub tag: Tag,
+}
+
+/// What a carrier needs to settle a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tag {
+    pub partition: u32,
+    pub place: crate::message::Place,
+}
+
+/// A place in a group. Dropping it gives back what it holds.
+#[async_trait]
+pub trait Member: Send + Sync {
+    /// The next deliveries, at least one. Cancel safe. An error ends the membership; a record that cannot be read is
+    /// no error here but stands among the deliveries, and the group goes on behind it.
+    async fn next(&self) -> Result<Vec<Result<Handed, LaneError>>, LaneError>;
+
+    /// Returns once the lane has recorded that these are done: they never come again, a restart included. Repeating
+    /// it changes nothing. After an error they may come again.
+    async fn ack(&self, tags: Vec<Tag>) -> Result<(), LaneError>;
+
+    /// These come again after the delay, to any member, with `attempt` raised.
+    async fn nack(&self, tags: Vec<Tag>, delay: Duration) -> Result<(), LaneError>;
+}

@@ -1,0 +1,208 @@
+//! Pulsar's admin API over HTTP, for the few things that its binary protocol has no words for.
+
+use std::time::Duration;
+
+use reqwest::{Certificate, Client, Method, RequestBuilder, Response, StatusCode, Url};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::credentials::Credentials;
+use super::names::Physical;
+use crate::lane::contract::LaneError;
+use crate::message::{Place, Timestamp};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+pub struct Admin {
+    base: Url,
+    client: Client,
+    credentials: Credentials,
+}
+
+/// Where the n-th newest entry of a partition is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Examined {
+    At(Place),
+    /// The partition holds fewer entries.
+    Fewer,
+    Empty,
+}
+
+#[derive(Deserialize)]
+struct Stats {
+    #[serde(default)]
+    subscriptions: std::collections::HashMap<String, SubscriptionStats>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SubscriptionStats {
+    #[serde(default)]
+    msg_backlog: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct MessageIdJson {
+    ledger_id: i64,
+    entry_id: i64,
+}
+
+impl Admin {
+    pub fn new(url: &str, credentials: Credentials) -> Result<Self, String> {
+        let unusable =
+            |why: &dyn std::fmt::Display| format!("lanes.durable.admin_url `{url}` is unusable: {why}");
+        let base = Url::parse(url).map_err(|error| unusable(&error))?;
+        if base.cannot_be_a_base() || !matches!(base.scheme(), "http" | "https") {
+            return Err(unusable(&"it is not an http or https URL"));
+        }
+        let mut builder = Client::builder().timeout(TIMEOUT).connect_timeout(TIMEOUT / 2);
+        if let Some(pem) = &credentials.roots {
+            let roots = Certificate::from_pem_bundle(pem).map_err(|error| unusable(&error))?;
+            builder = roots.into_iter().fold(builder, |builder, root| builder.add_root_certificate(root));
+        }
+        let client = builder.build().map_err(|error| unusable(&error))?;
+        Ok(Self { base, client, credentials })
+    }
+
+    /// Where the `n`-th newest entry is, 1 the newest.
+    pub async fn examine(&self, topic: &Physical, n: u32) -> Result<Examined, LaneError> {
+        let mut url = self.topic(topic, &["examinemessage"])?;
+        url.query_pairs_mut()
+            .append_pair("initialPosition", "latest")
+            .append_pair("messagePosition", &n.to_string());
+        let response = self.send(Method::GET, url, |request| request).await?;
+        match response.status() {
+            StatusCode::PRECONDITION_FAILED => return Ok(Examined::Empty),
+            // How the broker says that it counted past the beginning ("code: -14").
+            StatusCode::INTERNAL_SERVER_ERROR => return Ok(Examined::Fewer),
+            _ => {}
+        }
+        let response = succeeded(response).await?;
+        let id = response.headers().get("x-pulsar-message-id").and_then(|id| id.to_str().ok());
+        let mut parts = id.unwrap_or_default().split(':').map(str::parse);
+        match (parts.next(), parts.next()) {
+            (Some(Ok(ledger)), Some(Ok(entry))) => Ok(Examined::At(Place { ledger, entry, index: 0 })),
+            _ => Err(LaneError::Internal("the broker examined a message and did not say where it is".into())),
+        }
+    }
+
+    /// Creates a topic without partitions. `false`: it was there.
+    pub async fn create(&self, topic: &Physical) -> Result<bool, LaneError> {
+        let response = self.send(Method::PUT, self.topic(topic, &[])?, |request| request).await?;
+        created(response).await
+    }
+
+    /// The backlog of each subscription, in entries.
+    pub async fn backlog(&self, topic: &Physical) -> Result<Vec<(String, u64)>, LaneError> {
+        let mut url = self.topic(topic, &["stats"])?;
+        url.query_pairs_mut().append_pair("getPreciseBacklog", "true");
+        let response = self.send(Method::GET, url, |request| request).await?;
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(Vec::new());
+        }
+        let stats: Stats = succeeded(response).await?.json().await.map_err(lost)?;
+        Ok(stats
+            .subscriptions
+            .into_iter()
+            .map(|(name, subscription)| (name, subscription.msg_backlog))
+            .collect())
+    }
+
+    /// Creates a durable subscription that begins with the oldest message. `false`: it was there.
+    pub async fn create_subscription(&self, topic: &Physical, name: &str) -> Result<bool, LaneError> {
+        let url = self.topic(topic, &["subscription", name])?;
+        // -1:-1 is the earliest there is.
+        let earliest = json!({ "ledgerId": -1, "entryId": -1, "partitionIndex": -1 });
+        created(self.send(Method::PUT, url, |request| request.json(&earliest)).await?).await
+    }
+
+    /// Has a subscription begin with the message at a place, or with the one after it.
+    pub async fn move_subscription(
+        &self,
+        topic: &Physical,
+        name: &str,
+        place: Place,
+        after: bool,
+    ) -> Result<(), LaneError> {
+        let to = json!({
+            "ledgerId": place.ledger,
+            "entryId": place.entry,
+            "partitionIndex": -1,
+            "batchIndex": place.index,
+            "excluded": after,
+        });
+        let url = self.topic(topic, &["subscription", name, "resetcursor"])?;
+        succeeded(self.send(Method::POST, url, |request| request.json(&to)).await?).await.map(drop)
+    }
+
+    /// The place of the first message that was published at a time or later; `None` where none was.
+    pub async fn at_time(&self, topic: &Physical, time: Timestamp) -> Result<Option<Place>, LaneError> {
+        let url = self.topic(topic, &["messageid", &time.as_millis().max(0).to_string()])?;
+        let response = self.send(Method::GET, url, |request| request).await?;
+        let id: MessageIdJson = succeeded(response).await?.json().await.map_err(lost)?;
+        let place = (u64::try_from(id.ledger_id), u64::try_from(id.entry_id));
+        Ok(match place {
+            (Ok(ledger), Ok(entry)) => Some(Place { ledger, entry, index: 0 }),
+            _ => None,
+        })
+    }
+
+    /// `…/admin/v2/persistent/tenant/namespace/local/…`, each part encoded by itself.
+    fn topic(&self, topic: &Physical, rest: &[&str]) -> Result<Url, LaneError> {
+        let mut url = self.base.clone();
+        match url.path_segments_mut() {
+            Ok(mut path) => {
+                path.pop_if_empty().extend(["admin", "v2", "persistent"]);
+                path.extend(topic.namespace().split('/')).push(topic.local()).extend(rest);
+            }
+            // `new` has refused such a base.
+            Err(()) => return Err(LaneError::Internal("the admin URL takes no path".into())),
+        }
+        Ok(url)
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        url: Url,
+        with: impl FnOnce(RequestBuilder) -> RequestBuilder,
+    ) -> Result<Response, LaneError> {
+        let mut request = with(self.client.request(method, url));
+        let token = self.credentials.token().map_err(|error| LaneError::Unavailable(error.to_string()))?;
+        if let Some(token) = token {
+            request = request.bearer_auth(token);
+        }
+        request.send().await.map_err(lost)
+    }
+}
+
+async fn created(response: Response) -> Result<bool, LaneError> {
+    match response.status() {
+        StatusCode::CONFLICT => Ok(false),
+        _ => succeeded(response).await.map(|_| true),
+    }
+}
+
+async fn succeeded(response: Response) -> Result<Response, LaneError> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response);
+    }
+    let body: Value = response.json().await.unwrap_or_default();
+    let reason =
+        body["reason"].as_str().and_then(|reason| reason.lines().next()).unwrap_or("no reason given");
+    let said = format!("Pulsar's admin API answered {status}: {reason}");
+    Err(match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => LaneError::Forbidden(said),
+        StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => LaneError::Unavailable(said),
+        status if status.is_client_error() => LaneError::BadRequest(said),
+        _ => LaneError::Internal(said),
+    })
+}
+
+fn lost(error: reqwest::Error) -> LaneError {
+    // The URL holds nothing secret, and the cause says more than "error sending request".
+    let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}")).unwrap_or_default();
+    LaneError::Unavailable(format!("Pulsar's admin API does not answer ({error}{cause})"))
+}

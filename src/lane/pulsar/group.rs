@@ -1,0 +1,297 @@
+//! A place in a group: a `Shared` subscription of Pulsar's, one consumer for each partition.
+//!
+//! ```text
+//! partition 0 ──share──▶ ┐                 ┌──▶ next
+//!                        ├──▶ desk ────────┤
+//! partition 1 ──share──▶ ┘  (ready, held)  └◀── ack, nack ──▶ the partition's share ──▶ broker
+//! ```
+//! The desk is what the member sees: what is ready, and how much of it is in the client's hands. Each share owns its
+//! partition's consumer and does the settling (see `share`).
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::try_join_all;
+use pulsar::proto::command_subscribe::InitialPosition;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::admin::Admin;
+use super::fault::Fault;
+use super::feed::{Backoff, From};
+use super::names::Physical;
+use super::read::{Plan, Source};
+use super::share::{Settle, Share};
+use crate::lane::contract::{Handed, LaneError, Member, Tag};
+use crate::message::Start;
+
+/// Acks and nacks that wait for a share. The member waits while it is full.
+const SETTLING: usize = 64;
+/// Partitions are only ever added, and rarely.
+const GROWTH_EVERY: Duration = Duration::from_secs(60);
+
+/// What lies between the shares and the member.
+pub struct Desk {
+    prefetch: usize,
+    papers: Mutex<Papers>,
+    /// Something became ready, or room came free.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Papers {
+    /// Bounded by the permits that the shares give.
+    ready: VecDeque<Result<Handed, LaneError>>,
+    /// What the client has and has not settled.
+    held: HashSet<Tag>,
+    failed: Option<LaneError>,
+}
+
+impl Desk {
+    fn new(prefetch: u32) -> Self {
+        Self { prefetch: prefetch.max(1) as usize, papers: Mutex::default(), changed: Notify::new() }
+    }
+
+    pub fn put(&self, delivered: impl IntoIterator<Item = Result<Handed, LaneError>>) {
+        self.papers().ready.extend(delivered);
+        self.changed.notify_one();
+    }
+
+    /// Takes back what a share put here and the client has not got.
+    pub fn withdraw(&self, partition: u32) -> Vec<Tag> {
+        let mut papers = self.papers();
+        let mut withdrawn = Vec::new();
+        papers.ready.retain(|ready| match ready {
+            Ok(handed) if handed.tag.partition == partition => {
+                withdrawn.push(handed.tag);
+                false
+            }
+            _ => true,
+        });
+        withdrawn
+    }
+
+    pub fn fail(&self, error: LaneError) {
+        self.papers().failed.get_or_insert(error);
+        self.changed.notify_one();
+    }
+
+    fn settle(&self, tags: &[Tag]) {
+        let mut papers = self.papers();
+        for tag in tags {
+            papers.held.remove(tag);
+        }
+        drop(papers);
+        self.changed.notify_one();
+    }
+
+    /// What the client may have now. Nothing: it waits.
+    fn take(&self) -> Result<Vec<Result<Handed, LaneError>>, LaneError> {
+        let mut papers = self.papers();
+        if let Some(error) = &papers.failed {
+            return Err(error.clone());
+        }
+        let mut taken = Vec::new();
+        while papers.held.len() < self.prefetch {
+            let Some(ready) = papers.ready.pop_front() else { break };
+            if let Ok(handed) = &ready {
+                papers.held.insert(handed.tag);
+            }
+            taken.push(ready);
+        }
+        Ok(taken)
+    }
+
+    fn papers(&self) -> MutexGuard<'_, Papers> {
+        // The papers are whole between any two statements, so a panic elsewhere spoils nothing.
+        self.papers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub struct GroupMember {
+    desk: Arc<Desk>,
+    /// Each partition's share.
+    shares: Arc<Mutex<BTreeMap<u32, mpsc::Sender<Settle>>>>,
+    timeout: Duration,
+    /// Ends with the member, and the consumers with it: the broker gives what they held to others.
+    _run: AbortOnDropHandle<()>,
+}
+
+pub async fn join(
+    source: Source,
+    admin: &Admin,
+    group: &str,
+    start: Start,
+    prefetch: u32,
+    timeout: Duration,
+) -> Result<GroupMember, LaneError> {
+    if group.is_empty() {
+        return Err(LaneError::BadRequest("a group needs a name".into()));
+    }
+    let initial = match start {
+        Start::Latest => InitialPosition::Latest,
+        Start::Earliest => InitialPosition::Earliest,
+        start => {
+            begin_at(&source, admin, group, start).await?;
+            InitialPosition::Earliest
+        }
+    };
+    let desk = Arc::new(Desk::new(prefetch));
+    let member = Join { source, group: group.into(), prefetch, desk: desk.clone() };
+    let opened = member.source.parts().into_iter().map(|(number, name)| member.share(number, name, initial));
+    let opened = try_join_all(opened).await.map_err(Fault::on_lane)?;
+    let shares = Arc::new(Mutex::new(BTreeMap::new()));
+    let run = AbortOnDropHandle::new(tokio::spawn(member.run(opened, shares.clone())));
+    // `run` fills in the shares before it first waits; what is settled was handed out by one of them.
+    Ok(GroupMember { desk, shares, timeout, _run: run })
+}
+
+/// Creates the group at a place that subscribing has no word for; one that exists goes on where it stood.
+async fn begin_at(source: &Source, admin: &Admin, group: &str, start: Start) -> Result<(), LaneError> {
+    // The group begins before it exists: what is stored between the two must not be missed.
+    let plan = Plan::make(source, admin, start).await?;
+    for (number, physical) in source.parts() {
+        if !admin.create_subscription(&physical, group).await? {
+            continue;
+        }
+        match plan.from.get(&number) {
+            Some(From::At(place)) => admin.move_subscription(&physical, group, *place, false).await?,
+            Some(From::After(place)) => admin.move_subscription(&physical, group, *place, true).await?,
+            Some(From::Time(time)) => {
+                if let Some(place) = admin.at_time(&physical, *time).await? {
+                    admin.move_subscription(&physical, group, place, false).await?;
+                }
+            }
+            Some(From::Earliest) | None => {}
+        }
+    }
+    Ok(())
+}
+
+struct Join {
+    source: Source,
+    group: Arc<str>,
+    prefetch: u32,
+    desk: Arc<Desk>,
+}
+
+type Opened = (u32, Share, mpsc::Sender<Settle>);
+
+impl Join {
+    async fn share(
+        &self,
+        number: u32,
+        physical: Physical,
+        initial: InitialPosition,
+    ) -> Result<Opened, Fault> {
+        // Together the prefetch, and at least one each, or a partition would starve.
+        let parts = self.source.partitions.max(1);
+        let quota = self.prefetch / parts + u32::from(number < self.prefetch % parts);
+        let (settle, inbox) = mpsc::channel(SETTLING);
+        let share = Share::subscribe(
+            self.source.cluster.clone(),
+            (self.source.topic.clone(), number, physical),
+            self.group.clone(),
+            initial,
+            quota.max(1),
+            self.desk.clone(),
+            inbox,
+        )
+        .await?;
+        Ok((number, share, settle))
+    }
+
+    /// Runs the shares, and one for each partition that is added.
+    async fn run(self, opened: Vec<Opened>, shares: Arc<Mutex<BTreeMap<u32, mpsc::Sender<Settle>>>>) {
+        let mut tasks = JoinSet::new();
+        let begin = |tasks: &mut JoinSet<()>, (number, share, settle): Opened| {
+            shares.lock().unwrap_or_else(PoisonError::into_inner).insert(number, settle);
+            tasks.spawn(share.run());
+        };
+        for opened in opened {
+            begin(&mut tasks, opened);
+        }
+        let mut count = self.source.partitions;
+        let mut backoff = Backoff::default();
+        while count > 0 {
+            tokio::time::sleep(GROWTH_EVERY).await;
+            let now = self.source.cluster.partitions(&self.source.physical).await.unwrap_or(count);
+            while count < now {
+                let physical = self.source.physical.partition(count);
+                match self.share(count, physical, InitialPosition::Earliest).await {
+                    Ok(opened) => {
+                        begin(&mut tasks, opened);
+                        count += 1;
+                        backoff.reset();
+                    }
+                    Err(_) => backoff.wait().await,
+                }
+            }
+        }
+        while tasks.join_next().await.is_some() {}
+    }
+}
+
+impl GroupMember {
+    /// Each partition's tags, with its share. A tag of no share of ours is of no delivery of ours.
+    fn by_share(&self, tags: Vec<Tag>) -> Vec<(mpsc::Sender<Settle>, Vec<Tag>)> {
+        let mut parts: BTreeMap<u32, Vec<Tag>> = BTreeMap::new();
+        for tag in tags {
+            parts.entry(tag.partition).or_default().push(tag);
+        }
+        let shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        parts
+            .into_iter()
+            .filter_map(|(number, tags)| shares.get(&number).map(|share| (share.clone(), tags)))
+            .collect()
+    }
+}
+
+#[async_trait]
+impl Member for GroupMember {
+    async fn next(&self) -> Result<Vec<Result<Handed, LaneError>>, LaneError> {
+        loop {
+            // A permit of the notify is kept for whoever waits next, so nothing is missed in between.
+            let changed = self.desk.changed.notified();
+            let taken = self.desk.take()?;
+            if !taken.is_empty() {
+                return Ok(taken);
+            }
+            changed.await;
+        }
+    }
+
+    async fn ack(&self, tags: Vec<Tag>) -> Result<(), LaneError> {
+        self.desk.settle(&tags);
+        let count = tags.len();
+        let acked = self.by_share(tags).into_iter().map(|(share, tags)| async move {
+            let (done, recorded) = oneshot::channel();
+            if share.send(Settle::Ack { tags, done }).await.is_err() {
+                return Err(unconfirmed(count));
+            }
+            recorded.await.map_err(|_| unconfirmed(count))
+        });
+        match tokio::time::timeout(self.timeout, try_join_all(acked)).await {
+            Ok(recorded) => recorded.map(drop),
+            Err(_) => Err(unconfirmed(count)),
+        }
+    }
+
+    async fn nack(&self, tags: Vec<Tag>, delay: Duration) -> Result<(), LaneError> {
+        self.desk.settle(&tags);
+        for (share, tags) in self.by_share(tags) {
+            // Where the share has ended, its consumer has too: the broker delivers again by itself.
+            let _ = share.send(Settle::Nack { tags, delay }).await;
+        }
+        Ok(())
+    }
+}
+
+fn unconfirmed(count: usize) -> LaneError {
+    LaneError::OutcomeUnknown(format!(
+        "the broker did not confirm in time that {count} deliveries are done, so they may come again"
+    ))
+}

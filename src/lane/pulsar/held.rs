@@ -1,0 +1,89 @@
+//! What a group member knows of one entry, message by message.
+//!
+//! An entry may be a batch, and Pulsar's `ack_set` says which of it are left: a bit for each message, the low ones
+//! first, in words of 64; no word at all: all are.
+
+use std::sync::Arc;
+
+use crate::message::Envelope;
+
+/// An entry's ledger and number.
+pub type Key = (u64, u64);
+
+/// One entry and its messages.
+pub struct Held {
+    pub slots: Vec<Slot>,
+    /// Acknowledgements under way.
+    pub acking: usize,
+    /// In the list of the past.
+    pub past: bool,
+}
+
+#[derive(Clone, Default)]
+pub struct Slot {
+    pub state: State,
+    /// How often it was handed out.
+    pub attempt: u32,
+    /// The subscription whose permit it holds; 0: none.
+    pub permit: u64,
+    /// Our copy, as long as it may be needed again.
+    pub envelope: Option<Arc<Envelope>>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum State {
+    /// Not here (any more): the broker has it.
+    #[default]
+    Gone,
+    /// On the desk or with the client.
+    Out,
+    /// Nacked, until its time has come.
+    Waiting,
+    Acked,
+}
+
+impl Held {
+    pub fn is_idle(&self) -> bool {
+        self.acking == 0 && self.slots.iter().all(Slot::is_settled)
+    }
+}
+
+impl Slot {
+    /// Neither with the client nor about to be.
+    pub fn is_settled(&self) -> bool {
+        matches!(self.state, State::Acked | State::Gone)
+    }
+}
+
+/// Whether a message of a batch is left, by the broker's word; no word: all are.
+pub fn is_unacked(set: &[i64], index: usize) -> bool {
+    set.is_empty() || set.get(index / 64).is_some_and(|word| word >> (index % 64) & 1 == 1)
+}
+
+/// The same set, of ours: a bit for each message, the low ones first.
+pub fn unacked_set(left: impl Iterator<Item = bool>) -> Vec<i64> {
+    let mut set = Vec::new();
+    for (index, left) in left.enumerate() {
+        if index % 64 == 0 {
+            set.push(0);
+        }
+        set[index / 64] |= i64::from(left) << (index % 64);
+    }
+    set
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ack_set_says_bit_by_bit_what_is_left() {
+        let set = unacked_set((0..70).map(|index| index % 3 == 0));
+        assert_eq!(set.len(), 2);
+        for index in 0..70 {
+            assert_eq!(is_unacked(&set, index), index % 3 == 0, "{index}");
+        }
+        assert_eq!(unacked_set((0..10).map(|index| index > 0)), [1022]);
+        assert!(!is_unacked(&set, 200) && is_unacked(&[], 200));
+    }
+}

@@ -1,0 +1,267 @@
+//! The durable lane over Apache Pulsar.
+//!
+//! ```text
+//!              append            tail, read, join            create, backlog, last n
+//!                │                      │                           │
+//!           producers              feed, group                    admin
+//!        (the pulsar crate)         session                       (HTTP)
+//!                └───────── broker ─────┴──────────── broker ───────┘
+//! ```
+//! Publishing and reading have connections of their own, so that neither waits behind the other and trouble of one is
+//! not the other's. What the rest of twinspan sees is `DurableLane` alone; the crate is named only in this folder.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::contract::{DurableLane, LaneError, LaneState, Member, Reader, Receipt};
+use super::settings::DurableSettings;
+use super::tail::Tail;
+use crate::message::{Lane, Message, Position, Start};
+use crate::policy::Policy;
+use crate::policy::table::Route;
+use crate::telemetry::metrics::Metrics;
+use crate::topic::{Pattern, Topic};
+
+mod address;
+mod admin;
+mod append;
+mod cluster;
+mod consumer;
+mod credentials;
+mod fault;
+mod feed;
+mod follow;
+mod frame;
+mod group;
+mod health;
+mod held;
+mod names;
+mod read;
+mod record;
+mod session;
+mod share;
+
+use address::Address;
+use admin::Admin;
+use append::Producers;
+use cluster::Cluster;
+use credentials::Credentials;
+use fault::Fault;
+use follow::Tails;
+use health::{Canary, Health};
+use names::Physical;
+use read::{Plan, Source, TopicReader};
+
+const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(4);
+
+pub struct PulsarLane {
+    policy: Policy,
+    cluster: Arc<Cluster>,
+    admin: Admin,
+    producers: Arc<Producers>,
+    canary: Arc<Canary>,
+    tails: Tails,
+    publish_timeout: Duration,
+    /// Where messages without a key go, of a topic that has partitions: one place for all of them while this bridge
+    /// runs, so that each publisher's stay in order, and another one on another bridge.
+    keyless: u32,
+    state: watch::Receiver<LaneState>,
+    stop: CancellationToken,
+    _end: DropGuard,
+}
+
+/// The settings cannot be used; a broker that is not there is no such error.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unusable(String);
+
+impl PulsarLane {
+    /// Begins to connect and returns at once: the state is `Down` until a probe has succeeded.
+    pub fn open(
+        settings: &DurableSettings,
+        policy: Policy,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, Unusable> {
+        let services: Option<Vec<_>> = settings.url.iter().map(|url| Address::parse(url)).collect();
+        let services = services.filter(|services| !services.is_empty()).ok_or_else(|| {
+            Unusable("lanes.durable.url must be one or more pulsar:// or pulsar+ssl:// URLs".into())
+        })?;
+        if settings.tls.as_ref().is_some_and(|tls| tls.cert.is_some() || tls.key.is_some()) {
+            return Err(Unusable(
+                "lanes.durable.tls.cert and key are not supported: the Pulsar client has no client certificates"
+                    .into(),
+            ));
+        }
+        let credentials = Credentials::read(settings).map_err(Unusable)?;
+        let admin = Admin::new(&settings.admin_url, credentials.clone()).map_err(Unusable)?;
+
+        let stop = CancellationToken::new();
+        let (client, clients) = watch::channel(None);
+        let (states, state) =
+            watch::channel(LaneState::Down(format!("connecting to {}", settings.url.join(", "))));
+        let producers =
+            Arc::new(Producers::new(clients, state.clone(), settings.publish_timeout, stop.child_token()));
+        let canary = Arc::new(Canary::new(policy.clone(), producers.clone()));
+        let health = Health {
+            urls: settings.url.clone(),
+            credentials: credentials.clone(),
+            publish_timeout: settings.publish_timeout,
+            canary: canary.clone(),
+            metrics,
+            client,
+            state: states,
+        };
+        tokio::spawn(health.run(stop.child_token()));
+        Ok(Arc::new(Self {
+            policy,
+            cluster: Arc::new(Cluster::new(services, credentials)),
+            admin,
+            producers,
+            canary,
+            tails: Tails::default(),
+            publish_timeout: settings.publish_timeout,
+            keyless: fastrand::u32(..),
+            state,
+            _end: stop.clone().drop_guard(),
+            stop,
+        }))
+    }
+
+    async fn source(&self, route: &Route, topic: &Topic) -> Result<Source, LaneError> {
+        self.up()?;
+        let physical = Physical::of(route, topic)?;
+        Source::find(self.cluster.clone(), topic.clone(), physical).await.map_err(Fault::on_lane)
+    }
+
+    fn up(&self) -> Result<(), LaneError> {
+        append::up(&self.state)
+    }
+}
+
+#[async_trait]
+impl DurableLane for PulsarLane {
+    async fn append(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        message: Message,
+    ) -> Result<Receipt, LaneError> {
+        self.up()?;
+        let physical = Physical::of(route, topic)?;
+        let partitions = self.cluster.partitions(&physical).await.map_err(Fault::on_lane)?;
+        if partitions == 0 {
+            let stored = self.producers.append(&physical, message).await?;
+            return Ok(append::receipt(stored, self.publish_timeout, Position::Whole));
+        }
+        let partition = match &message.key {
+            Some(key) => names::partition_of(key, partitions),
+            None => self.keyless % partitions,
+        };
+        let ts = message.ts;
+        let stored = self.producers.append(&physical.partition(partition), message).await?;
+        Ok(append::receipt(stored, self.publish_timeout, move |place| {
+            Position::in_partition(partition, place, ts)
+        }))
+    }
+
+    async fn tail(&self, route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError> {
+        self.tails.get(self.source(route, topic).await?, &self.stop).await
+    }
+
+    async fn read(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        start: Start,
+    ) -> Result<Box<dyn Reader>, LaneError> {
+        let source = self.source(route, topic).await?;
+        let plan = Plan::make(&source, &self.admin, start).await?;
+        Ok(Box::new(TopicReader::open(source, plan).await.map_err(Fault::on_lane)?))
+    }
+
+    async fn join(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        group: &str,
+        start: Start,
+        prefetch: u32,
+    ) -> Result<Box<dyn Member>, LaneError> {
+        let source = self.source(route, topic).await?;
+        let member = group::join(source, &self.admin, group, start, prefetch, self.publish_timeout).await?;
+        Ok(Box::new(member))
+    }
+
+    async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
+        self.up()?;
+        let table = self.policy.table();
+        // The namespaces that topics of this pattern can be in, each asked once.
+        let mut templates: BTreeMap<String, Vec<Arc<Route>>> = BTreeMap::new();
+        for route in table.overlapping(pattern).filter(|route| route.lane == Lane::Durable) {
+            let sample = Physical::parse(route.pulsar.apply("x")).ok_or_else(|| {
+                LaneError::BadRequest(format!("route `{}` names no Pulsar topic", route.name))
+            })?;
+            templates.entry(sample.namespace().to_owned()).or_default().push(route.clone());
+        }
+        let mut found = BTreeSet::new();
+        for (namespace, routes) in templates {
+            let names = match self.cluster.topics(&namespace).await {
+                Ok(names) => names,
+                // A namespace that is not there has no topics.
+                Err(fault) if fault.is_not_found() => continue,
+                Err(fault) => return Err(fault.on_lane()),
+            };
+            for physical in names.into_iter().filter_map(Physical::parse).map(Physical::whole) {
+                found.extend(routes.iter().filter_map(|route| {
+                    let topic = Topic::parse(route.pulsar.unapply(physical.as_str())?).ok()?;
+                    let wins = table
+                        .route_for(&topic)
+                        .is_some_and(|winner| winner.lane == Lane::Durable && winner.pulsar == route.pulsar);
+                    (wins && pattern.matches(&topic)).then_some(topic)
+                }));
+            }
+        }
+        Ok(found.into_iter().collect())
+    }
+
+    async fn create(&self, route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError> {
+        self.up()?;
+        let physical = Physical::of(route, topic)?;
+        if self.cluster.partitions(&physical).await.map_err(Fault::on_lane)? > 0 {
+            return Ok(false);
+        }
+        self.admin.create(&physical).await
+    }
+
+    async fn backlog(&self, route: &Arc<Route>, topic: &Topic) -> Result<u64, LaneError> {
+        let source = self.source(route, topic).await?;
+        let mut groups: BTreeMap<String, u64> = BTreeMap::new();
+        for (_, physical) in source.parts() {
+            for (group, entries) in self.admin.backlog(&physical).await? {
+                *groups.entry(group).or_default() += entries;
+            }
+        }
+        Ok(groups.into_values().max().unwrap_or_default())
+    }
+
+    async fn probe(&self) -> Result<Duration, LaneError> {
+        self.canary.probe(PROBE_TIMEOUT).await
+    }
+
+    fn state(&self) -> watch::Receiver<LaneState> {
+        self.state.clone()
+    }
+
+    async fn close(&self) {
+        // What has no receipt by then is told that its outcome is not known.
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.producers.settle()).await;
+        self.stop.cancel();
+        self.cluster.close();
+    }
+}

@@ -1,0 +1,365 @@
+//! Messages as Pulsar stores them: ours on the way in, anybody's on the way out.
+//!
+//! A message crosses unwrapped: its bytes are the payload, its key the partition key, its headers the properties. The
+//! fabric's own two fields are properties too. What a native client published has neither: its id is made of its
+//! place, the same on every bridge, and its `ts` is the publish time.
+
+use std::io::Read;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::{Buf, Bytes};
+use prost::Message as _;
+use pulsar::producer;
+use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata, SingleMessageMetadata};
+
+use super::frame::{Broken, Entry};
+use crate::lane::contract::LaneError;
+use crate::message::{Headers, Message, MessageId, Place, Timestamp};
+use crate::topic::Topic;
+
+const ID: &str = "twinspan-id";
+const TS: &str = "twinspan-ts";
+/// What begins like this is the fabric's.
+const RESERVED: &str = "twinspan-";
+/// A few bytes may unfold to gigabytes; this is more than any broker stores uncompressed.
+const UNFOLDED_BYTES_MAX: u32 = 64 << 20;
+
+/// One message of an entry, or why it cannot be read.
+#[derive(Debug, Clone)]
+pub struct Record {
+    pub place: Place,
+    pub published: Timestamp,
+    pub message: Result<Message, Unreadable>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    #[error("its checksum does not match")]
+    Checksum,
+    #[error("it does not unpack")]
+    Packing,
+    #[error("it is encrypted, and this bridge has no key")]
+    Encrypted,
+    #[error("it is one chunk of a message that a native client cut up")]
+    Chunk,
+}
+
+impl Unreadable {
+    pub fn on_lane(self, topic: &Topic, partition: u32, place: Place) -> LaneError {
+        match self {
+            Unreadable::Checksum | Unreadable::Packing => {
+                LaneError::Corrupt { topic: topic.clone(), place: format!("{partition}:{place}") }
+            }
+            Unreadable::Encrypted | Unreadable::Chunk => LaneError::Internal(format!(
+                "the record at {partition}:{place} of `{topic}` was not delivered: {self}"
+            )),
+        }
+    }
+}
+
+/// The message as the producer takes it.
+pub fn outgoing(message: Message) -> Result<producer::Message, LaneError> {
+    if let Some(name) = message.headers.keys().find(|name| name.starts_with(RESERVED)) {
+        return Err(LaneError::BadRequest(format!(
+            "header `{name}` was refused: names that begin with `{RESERVED}` belong to the fabric"
+        )));
+    }
+    let mut properties: std::collections::HashMap<_, _> = message.headers.into_iter().collect();
+    properties.insert(TS.into(), message.ts.to_string());
+    if let Some(id) = message.id {
+        properties.insert(ID.into(), id.to_string());
+    }
+    Ok(producer::Message {
+        payload: message.payload.into(),
+        properties,
+        partition_key: message.key,
+        event_time: message.event_time.and_then(|time| u64::try_from(time.as_millis()).ok()),
+        ..Default::default()
+    })
+}
+
+/// What the broker counts of a message against its limit.
+pub fn size(message: &producer::Message) -> usize {
+    let properties: usize = message.properties.iter().map(|(name, value)| name.len() + value.len() + 8).sum();
+    message.payload.len() + properties + message.partition_key.as_ref().map_or(0, String::len) + 128
+}
+
+/// How many messages an entry holds, without unpacking it.
+pub fn count(entry: &Result<Entry, Broken>) -> u32 {
+    match entry {
+        Ok(entry) => entry.metadata.num_messages_in_batch.map_or(1, |n| n.max(1) as u32),
+        Err(Broken) => 1,
+    }
+}
+
+/// The messages of an entry that `wanted` picks by their index.
+pub fn unpack(
+    topic: &Topic,
+    partition: u32,
+    id: &MessageIdData,
+    entry: Result<Entry, Broken>,
+    wanted: impl Fn(u32) -> bool,
+) -> Vec<Record> {
+    let place = |index| Place { ledger: id.ledger_id, entry: id.entry_id, index };
+    let (published, messages) = match entry {
+        Ok(Entry { metadata, data }) => {
+            let published = Timestamp::from_millis(i64::try_from(metadata.publish_time).unwrap_or(i64::MAX));
+            (published, messages(&metadata, data))
+        }
+        Err(Broken) => (Timestamp::now(), Err(Unreadable::Checksum)),
+    };
+    let named = |(index, single): (u32, Single)| {
+        let message = single.message(published, || {
+            MessageId::derived(topic.as_str(), &format!("{partition}:{}", place(index)))
+        });
+        Record { place: place(index), published, message: Ok(message) }
+    };
+    match messages {
+        Ok(messages) => messages.into_iter().filter(|(index, _)| wanted(*index)).map(named).collect(),
+        Err(unreadable) => vec![Record { place: place(0), published, message: Err(unreadable) }],
+    }
+}
+
+/// One message of an entry, in the producer's words.
+struct Single {
+    properties: Vec<KeyValue>,
+    key: Option<String>,
+    key_is_base64: bool,
+    event_time: Option<u64>,
+    payload: Bytes,
+}
+
+fn messages(metadata: &MessageMetadata, data: Bytes) -> Result<Vec<(u32, Single)>, Unreadable> {
+    if !metadata.encryption_keys.is_empty() {
+        return Err(Unreadable::Encrypted);
+    }
+    if metadata.num_chunks_from_msg.is_some_and(|chunks| chunks > 1) {
+        return Err(Unreadable::Chunk);
+    }
+    let mut data = unfold(metadata, data).ok_or(Unreadable::Packing)?;
+    let Some(count) = metadata.num_messages_in_batch else {
+        let single = Single {
+            properties: metadata.properties.clone(),
+            key: metadata.partition_key.clone(),
+            key_is_base64: metadata.partition_key_b64_encoded(),
+            event_time: metadata.event_time,
+            payload: data,
+        };
+        return Ok(vec![(0, single)]);
+    };
+    let mut messages = Vec::new();
+    for index in 0..count.max(0) as u32 {
+        let (single, payload) = member(&mut data).ok_or(Unreadable::Packing)?;
+        if single.compacted_out() {
+            continue;
+        }
+        messages.push((
+            index,
+            Single {
+                key_is_base64: single.partition_key_b64_encoded(),
+                properties: single.properties,
+                key: single.partition_key,
+                event_time: single.event_time,
+                payload,
+            },
+        ));
+    }
+    Ok(messages)
+}
+
+/// The next message of a batch: a size, its metadata, its payload.
+fn member(data: &mut Bytes) -> Option<(SingleMessageMetadata, Bytes)> {
+    let size = data.try_get_u32().ok()? as usize;
+    if size > data.len() {
+        return None;
+    }
+    let single = SingleMessageMetadata::decode(data.split_to(size)).ok()?;
+    let length = usize::try_from(single.payload_size).ok()?;
+    (length <= data.len()).then(|| (single, data.split_to(length)))
+}
+
+fn unfold(metadata: &MessageMetadata, data: Bytes) -> Option<Bytes> {
+    let size = metadata.uncompressed_size();
+    if size > UNFOLDED_BYTES_MAX {
+        return None;
+    }
+    // One byte more than announced, so that what unfolds to more than it says is seen and refused.
+    let read = |from: &mut dyn Read| {
+        let mut unfolded = Vec::with_capacity(size as usize);
+        from.take(u64::from(size) + 1).read_to_end(&mut unfolded).ok()?;
+        Some(unfolded)
+    };
+    let unfolded = match metadata.compression() {
+        CompressionType::None => return Some(data),
+        CompressionType::Lz4 => lz4::block::decompress(&data, Some(size as i32)).ok()?,
+        CompressionType::Zlib => read(&mut flate2::read::ZlibDecoder::new(&*data))?,
+        CompressionType::Zstd => read(&mut zstd::stream::read::Decoder::new(&*data).ok()?)?,
+        CompressionType::Snappy => snappy(&data, size)?,
+    };
+    (unfolded.len() == size as usize).then(|| unfolded.into())
+}
+
+/// Java writes a bare snappy block, the Rust crate the framed format.
+fn snappy(data: &[u8], size: u32) -> Option<Vec<u8>> {
+    const FRAMED: &[u8] = b"\xff\x06\x00\x00sNaPpY";
+    if data.starts_with(FRAMED) {
+        let mut unfolded = Vec::with_capacity(size as usize);
+        snap::read::FrameDecoder::new(data).take(u64::from(size) + 1).read_to_end(&mut unfolded).ok()?;
+        return Some(unfolded);
+    }
+    (snap::raw::decompress_len(data).ok()? == size as usize)
+        .then(|| snap::raw::Decoder::new().decompress_vec(data).ok())
+        .flatten()
+}
+
+impl Single {
+    fn message(self, published: Timestamp, derived: impl FnOnce() -> MessageId) -> Message {
+        let mut headers: Headers = self.properties.into_iter().map(|kv| (kv.key, kv.value)).collect();
+        let id = headers.remove(ID).and_then(|id| id.parse().ok()).unwrap_or_else(derived);
+        let ts = headers.remove(TS).and_then(|ts| ts.parse().ok()).unwrap_or(published);
+        // Bytes that are text are the key; others stay as they came, in base64.
+        let key = match (self.key, self.key_is_base64) {
+            (Some(key), true) => {
+                let bytes = STANDARD.decode(&key).ok();
+                Some(bytes.and_then(|bytes| String::from_utf8(bytes).ok()).unwrap_or(key))
+            }
+            (key, _) => key,
+        };
+        let event_time = self.event_time.filter(|time| *time > 0);
+        let event_time = event_time.and_then(|time| i64::try_from(time).ok()).map(Timestamp::from_millis);
+        Message { id: Some(id), ts, payload: self.payload, key, headers, event_time }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use bytes::{BufMut, BytesMut};
+
+    use super::*;
+    use crate::message::Draft;
+
+    fn topic() -> Topic {
+        Topic::parse("orders.eu").unwrap()
+    }
+
+    fn entry(metadata: MessageMetadata, data: impl Into<Bytes>) -> Result<Entry, Broken> {
+        Ok(Entry { metadata, data: data.into() })
+    }
+
+    fn id() -> MessageIdData {
+        MessageIdData { ledger_id: 3, entry_id: 7, ..Default::default() }
+    }
+
+    fn all(entry: Result<Entry, Broken>) -> Vec<Record> {
+        unpack(&topic(), 2, &id(), entry, |_| true)
+    }
+
+    #[test]
+    fn our_message_comes_back_as_it_was_published() {
+        let draft = Draft {
+            payload: "{}".into(),
+            key: Some("k".into()),
+            headers: [("traceparent".to_owned(), "00-ab".to_owned())].into(),
+            event_time: Some(Timestamp::from_millis(5)),
+            ..Default::default()
+        };
+        let sent = draft.accept();
+        let out = outgoing(sent.clone()).unwrap();
+        let metadata = MessageMetadata {
+            properties: out.properties.into_iter().map(|(key, value)| KeyValue { key, value }).collect(),
+            partition_key: out.partition_key,
+            event_time: out.event_time,
+            publish_time: 99,
+            ..Default::default()
+        };
+        let back = all(entry(metadata, out.payload)).remove(0);
+        assert_eq!(back.message.unwrap(), sent);
+        assert_eq!((back.published.as_millis(), back.place.to_string()), (99, "3-7-0".into()));
+    }
+
+    #[test]
+    fn a_header_that_would_be_the_fabrics_is_refused_by_name() {
+        let headers = [("twinspan-id".to_owned(), "x".to_owned())].into();
+        let refused = outgoing(Draft { headers, ..Default::default() }.accept()).unwrap_err();
+        assert!(
+            matches!(&refused, LaneError::BadRequest(said) if said.contains("`twinspan-id`")),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn a_native_message_gets_the_id_of_its_place_and_its_publish_time() {
+        let metadata = MessageMetadata { publish_time: 1000, ..Default::default() };
+        let message = all(entry(metadata, "x")).remove(0).message.unwrap();
+        assert_eq!(message.id, Some(MessageId::derived("orders.eu", "2:3-7-0")));
+        assert_eq!(message.ts, Timestamp::from_millis(1000));
+        assert_eq!(message.event_time, None);
+    }
+
+    fn batch(payloads: &[&str]) -> (MessageMetadata, Bytes) {
+        let mut data = BytesMut::new();
+        for payload in payloads {
+            let single = SingleMessageMetadata { payload_size: payload.len() as i32, ..Default::default() };
+            data.put_u32(single.encoded_len() as u32);
+            single.encode(&mut data).unwrap();
+            data.put_slice(payload.as_bytes());
+        }
+        let metadata =
+            MessageMetadata { num_messages_in_batch: Some(payloads.len() as i32), ..Default::default() };
+        (metadata, data.freeze())
+    }
+
+    #[test]
+    fn each_message_of_a_batch_has_its_index_and_only_the_wanted_ones_come() {
+        let (metadata, data) = batch(&["a", "", "ccc"]);
+        let records = unpack(&topic(), 0, &id(), entry(metadata, data), |index| index != 1);
+        let read: Vec<_> = records
+            .iter()
+            .map(|record| (record.place.index, &*record.message.as_ref().unwrap().payload))
+            .collect();
+        assert_eq!(read, [(0, &b"a"[..]), (2, &b"ccc"[..])]);
+    }
+
+    #[test]
+    fn every_compression_is_read_and_what_lies_about_its_size_is_not() {
+        let plain = b"to be or not to be, to be or not to be".repeat(20);
+        let mut zlib = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+        zlib.write_all(&plain).unwrap();
+        let mut framed = snap::write::FrameEncoder::new(Vec::new());
+        framed.write_all(&plain).unwrap();
+        let folded = [
+            (CompressionType::Lz4, lz4::block::compress(&plain, None, false).unwrap()),
+            (CompressionType::Zlib, zlib.finish().unwrap()),
+            (CompressionType::Zstd, zstd::encode_all(&*plain, 1).unwrap()),
+            (CompressionType::Snappy, snap::raw::Encoder::new().compress_vec(&plain).unwrap()),
+            (CompressionType::Snappy, framed.into_inner().unwrap()),
+        ];
+        for (kind, data) in folded {
+            let metadata = |size: usize| MessageMetadata {
+                compression: Some(kind as i32),
+                uncompressed_size: Some(size as u32),
+                ..Default::default()
+            };
+            let read = all(entry(metadata(plain.len()), data.clone())).remove(0).message.unwrap();
+            assert_eq!(read.payload, plain, "{kind:?}");
+            for lie in [plain.len() - 1, plain.len() + 1, 1 << 31] {
+                let read = all(entry(metadata(lie), data.clone())).remove(0);
+                assert_eq!(read.message.unwrap_err(), Unreadable::Packing, "{kind:?} {lie}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_one_record_that_says_why() {
+        let broken = all(Err(Broken));
+        assert_eq!(broken[0].message.as_ref().unwrap_err(), &Unreadable::Checksum);
+        let chunk = MessageMetadata { num_chunks_from_msg: Some(2), ..Default::default() };
+        assert_eq!(all(entry(chunk, "x"))[0].message.as_ref().unwrap_err(), &Unreadable::Chunk);
+        let (metadata, data) = batch(&["a", "b"]);
+        let cut = data.slice(..data.len() - 1);
+        assert_eq!(all(entry(metadata, cut))[0].message.as_ref().unwrap_err(), &Unreadable::Packing);
+    }
+}

@@ -1,0 +1,450 @@
+//! One connection to one broker, shared by everything here that reads from it.
+//!
+//! ```text
+//! requests, acks, permits ──▶ outgoing ──▶ writer ──▶ broker
+//! request's caller ◀── answer ◀────┐                    │
+//! consumer's owner ◀── events ◀── reader ◀──────────────┘
+//! ```
+//! Why not the crate's `Consumer` and `Reader`, which have all this inside: they give the broker new permits whether or
+//! not anybody took what came, so that a member's prefetch bounds nothing; a consumer that waits for its owner to take
+//! a message sends no acknowledgement meanwhile; no acknowledgement is ever confirmed; and after a reconnect a reader
+//! begins again where it once began. Here permits are given by whoever has room, an acknowledgement has an answer, and
+//! a connection that is lost is told to its users, who know where they stood.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use pulsar::proto::base_command::Type;
+use pulsar::proto::{
+    AuthData, BaseCommand, CommandAuthResponse, CommandCloseConsumer, CommandConnect,
+    CommandGetTopicsOfNamespace, CommandLookupTopic, CommandLookupTopicResponse,
+    CommandPartitionedTopicMetadata, CommandPing, CommandPong, FeatureFlags, MessageIdData,
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::address::Address;
+use super::credentials::Credentials;
+use super::fault::Fault;
+use super::frame::{self, Broken, Entry, Frame};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// After so long without a byte from the broker it is asked for one, and given up on after the second time.
+const PING_AFTER: Duration = Duration::from_secs(3);
+const LOST_AFTER: Duration = Duration::from_secs(8);
+/// Commands that wait to be written. Callers wait while it is full.
+const OUTGOING: usize = 1024;
+
+/// An entry on its way to the owner of a consumer.
+#[derive(Debug)]
+pub struct Delivery {
+    pub id: MessageIdData,
+    /// How often the broker delivered it before, as far as it knows.
+    pub redelivered: u32,
+    /// Of a batch, the messages that are not acknowledged yet, a bit each; empty: all.
+    pub unacked: Vec<i64>,
+    pub entry: Result<Entry, Broken>,
+}
+
+pub struct Session {
+    shared: Arc<Shared>,
+    outgoing: mpsc::Sender<BaseCommand>,
+    next: AtomicU64,
+    _end: DropGuard,
+}
+
+struct Shared {
+    users: Mutex<Users>,
+    end: CancellationToken,
+}
+
+#[derive(Default)]
+struct Users {
+    waiting: HashMap<u64, oneshot::Sender<Result<BaseCommand, Fault>>>,
+    consumers: HashMap<u64, mpsc::UnboundedSender<Delivery>>,
+    lost: Option<String>,
+}
+
+impl Session {
+    pub async fn connect(address: &Address, credentials: &Credentials) -> Result<Arc<Self>, Fault> {
+        let connecting = Self::handshake(address, credentials);
+        match timeout(CONNECT_TIMEOUT, connecting).await {
+            Ok(connected) => connected,
+            Err(_) => Err(Fault::Lost(format!("no answer from {}:{} in time", address.host, address.port))),
+        }
+    }
+
+    async fn handshake(address: &Address, credentials: &Credentials) -> Result<Arc<Self>, Fault> {
+        let at = format!("{}:{}", address.host, address.port);
+        let lost = |error: std::io::Error| Fault::Lost(format!("cannot connect to {at}: {error}"));
+        let stream = TcpStream::connect((address.host.as_str(), address.port)).await.map_err(lost)?;
+        // Otherwise a permit or an acknowledgement waits for the broker's delayed ACK: 40 ms.
+        stream.set_nodelay(true).map_err(lost)?;
+        if !address.tls {
+            return Self::start(stream, address, credentials).await;
+        }
+        let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
+            .map_err(|_| Fault::Lost(format!("`{}` is no name that a certificate can have", address.host)))?;
+        let stream = credentials.tls.connect(name, stream).await.map_err(lost)?;
+        Self::start(stream, address, credentials).await
+    }
+
+    async fn start<S>(mut stream: S, address: &Address, credentials: &Credentials) -> Result<Arc<Self>, Fault>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let broken = |error: std::io::Error| Fault::Lost(format!("lost {}: {error}", address.host));
+        let token = credentials.token().map_err(|error| Fault::Lost(error.to_string()))?;
+        let connect = CommandConnect {
+            client_version: concat!("twinspan-", env!("CARGO_PKG_VERSION")).into(),
+            protocol_version: Some(19),
+            auth_method_name: token.is_some().then(|| "token".into()),
+            auth_data: token.map(String::into_bytes),
+            proxy_to_broker_url: address.behind.clone(),
+            feature_flags: Some(FeatureFlags {
+                supports_auth_refresh: Some(credentials.has_token()),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let connect = BaseCommand { connect: Some(connect), ..command(Type::Connect) };
+        let mut bytes = BytesMut::new();
+        frame::encode(&connect, &mut bytes);
+        stream.write_all(&bytes).await.map_err(broken)?;
+        stream.flush().await.map_err(broken)?;
+        bytes.clear();
+        let answer = read_frame(&mut stream, &mut bytes).await?.command;
+        if let Some(error) = answer.error {
+            return Err(Fault::refused(error.error, error.message));
+        }
+        if answer.connected.is_none() {
+            return Err(Fault::Lost(format!("what answers at {} is not a Pulsar broker", address.host)));
+        }
+
+        let end = CancellationToken::new();
+        let shared = Arc::new(Shared { users: Mutex::default(), end: end.clone() });
+        let (outgoing, commands) = mpsc::channel(OUTGOING);
+        let (reading, writing) = tokio::io::split(stream);
+        let reader = Incoming {
+            shared: shared.clone(),
+            outgoing: outgoing.clone(),
+            credentials: credentials.clone(),
+            broker: format!("{}:{}", address.host, address.port),
+        };
+        tokio::spawn(write(writing, commands, shared.clone()));
+        tokio::spawn(reader.run(reading, bytes));
+        Ok(Arc::new(Self { shared, outgoing, next: AtomicU64::new(1), _end: end.drop_guard() }))
+    }
+
+    pub fn is_lost(&self) -> bool {
+        self.shared.users().lost.is_some()
+    }
+
+    /// Ends the connection; its users are told.
+    pub fn close(&self) {
+        self.shared.lose("the lane was closed");
+    }
+
+    /// Sends a command that has an answer, and waits for it.
+    pub async fn request(&self, make: impl FnOnce(u64) -> BaseCommand) -> Result<BaseCommand, Fault> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (answer, answered) = oneshot::channel();
+        {
+            let mut users = self.shared.users();
+            if let Some(why) = &users.lost {
+                return Err(Fault::Lost(why.clone()));
+            }
+            users.waiting.insert(id, answer);
+        }
+        let _waiting = Waiting { shared: &self.shared, id };
+        let asked = async {
+            self.send(make(id)).await?;
+            answered.await.unwrap_or_else(|_| Err(self.shared.why()))
+        };
+        match timeout(ANSWER_TIMEOUT, asked).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Fault::Lost("the broker did not answer in time".into())),
+        }
+    }
+
+    pub async fn send(&self, command: BaseCommand) -> Result<(), Fault> {
+        self.outgoing.send(command).await.map_err(|_| self.shared.why())
+    }
+
+    pub async fn lookup(
+        &self,
+        topic: &str,
+        authoritative: bool,
+    ) -> Result<CommandLookupTopicResponse, Fault> {
+        let answer = self
+            .request(|request_id| BaseCommand {
+                lookup_topic: Some(CommandLookupTopic {
+                    topic: topic.into(),
+                    request_id,
+                    authoritative: Some(authoritative),
+                    ..Default::default()
+                }),
+                ..command(Type::Lookup)
+            })
+            .await?;
+        let found = answer.lookup_topic_response.ok_or_else(unexpected)?;
+        match found.error {
+            Some(error) => Err(Fault::refused(error, found.message.unwrap_or_default())),
+            None => Ok(found),
+        }
+    }
+
+    /// How many partitions a topic has; zero: it is not partitioned.
+    pub async fn partitions(&self, topic: &str) -> Result<u32, Fault> {
+        let answer = self
+            .request(|request_id| BaseCommand {
+                partition_metadata: Some(CommandPartitionedTopicMetadata {
+                    topic: topic.into(),
+                    request_id,
+                    ..Default::default()
+                }),
+                ..command(Type::PartitionedMetadata)
+            })
+            .await?;
+        let found = answer.partition_metadata_response.ok_or_else(unexpected)?;
+        match found.error {
+            Some(error) => Err(Fault::refused(error, found.message.unwrap_or_default())),
+            None => Ok(found.partitions.unwrap_or_default()),
+        }
+    }
+
+    /// The names of the persistent topics of a namespace, each partition by itself.
+    pub async fn topics(&self, namespace: &str) -> Result<Vec<String>, Fault> {
+        let answer = self
+            .request(|request_id| BaseCommand {
+                get_topics_of_namespace: Some(CommandGetTopicsOfNamespace {
+                    request_id,
+                    namespace: namespace.into(),
+                    ..Default::default()
+                }),
+                ..command(Type::GetTopicsOfNamespace)
+            })
+            .await?;
+        Ok(answer.get_topics_of_namespace_response.ok_or_else(unexpected)?.topics)
+    }
+
+    /// A consumer's number, and what the broker will send it. Bounded by the permits that its owner gives.
+    pub fn attach(&self) -> (u64, mpsc::UnboundedReceiver<Delivery>) {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (deliver, deliveries) = mpsc::unbounded_channel();
+        self.shared.users().consumers.insert(id, deliver);
+        (id, deliveries)
+    }
+
+    /// Closes a consumer at the broker, unless the broker has closed it.
+    pub fn detach(&self, consumer_id: u64) {
+        if self.shared.users().consumers.remove(&consumer_id).is_none() {
+            return;
+        }
+        let request_id = self.next.fetch_add(1, Ordering::Relaxed);
+        let close = CommandCloseConsumer { consumer_id, request_id };
+        let close = BaseCommand { close_consumer: Some(close), ..command(Type::CloseConsumer) };
+        if self.outgoing.try_send(close).is_err() {
+            // The line is full, so the broker has stopped reading: a new connection frees what this one holds.
+            self.shared.lose("the broker takes nothing any more");
+        }
+    }
+}
+
+/// A request's place in the table, given up with the request.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.shared.users().waiting.remove(&self.id);
+    }
+}
+
+impl Shared {
+    fn users(&self) -> MutexGuard<'_, Users> {
+        // The tables are whole between any two statements, so a panic elsewhere spoils nothing.
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn why(&self) -> Fault {
+        Fault::Lost(self.users().lost.clone().unwrap_or_else(|| "the connection was lost".into()))
+    }
+
+    /// The first reason stays; every user is told by its channel's end.
+    fn lose(&self, why: &str) {
+        let mut users = self.users();
+        users.lost.get_or_insert_with(|| why.into());
+        users.waiting.clear();
+        users.consumers.clear();
+        drop(users);
+        self.end.cancel();
+    }
+}
+
+async fn write(
+    mut stream: impl AsyncWrite + Unpin,
+    mut commands: mpsc::Receiver<BaseCommand>,
+    shared: Arc<Shared>,
+) {
+    let end = shared.end.clone();
+    let writing = async {
+        let mut batch = Vec::new();
+        let mut bytes = BytesMut::new();
+        while commands.recv_many(&mut batch, OUTGOING).await > 0 {
+            for command in batch.drain(..) {
+                frame::encode(&command, &mut bytes);
+            }
+            stream.write_all(&bytes).await?;
+            stream.flush().await?;
+            bytes.clear();
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    let written = tokio::select! {
+        written = writing => written,
+        () = end.cancelled() => Ok(()),
+    };
+    if let Err(error) = written {
+        shared.lose(&format!("the connection broke: {error}"));
+    }
+    let _ = stream.shutdown().await;
+}
+
+struct Incoming {
+    shared: Arc<Shared>,
+    outgoing: mpsc::Sender<BaseCommand>,
+    credentials: Credentials,
+    broker: String,
+}
+
+impl Incoming {
+    async fn run(self, mut stream: impl AsyncRead + Unpin, mut bytes: BytesMut) {
+        let end = self.shared.end.clone();
+        let why = tokio::select! {
+            Err(why) = self.read(&mut stream, &mut bytes) => why,
+            () = end.cancelled() => return self.shared.lose("the connection was closed"),
+        };
+        self.shared.lose(&format!("lost {}: {why}", self.broker));
+    }
+
+    async fn read(
+        &self,
+        stream: &mut (impl AsyncRead + Unpin),
+        bytes: &mut BytesMut,
+    ) -> Result<std::convert::Infallible, String> {
+        let mut heard = Instant::now();
+        loop {
+            while let Some(frame) = frame::decode(bytes).map_err(|error| error.to_string())? {
+                self.dispatch(frame)?;
+            }
+            match timeout(PING_AFTER, stream.read_buf(bytes)).await {
+                Ok(Ok(0)) => return Err("the broker closed the connection".into()),
+                Ok(Ok(_)) => heard = Instant::now(),
+                Ok(Err(error)) => return Err(error.to_string()),
+                Err(_) if heard.elapsed() > LOST_AFTER => return Err("the broker fell silent".into()),
+                Err(_) => self.answer(BaseCommand { ping: Some(CommandPing {}), ..command(Type::Ping) })?,
+            }
+        }
+    }
+
+    fn dispatch(&self, frame: Frame) -> Result<(), String> {
+        let Frame { mut command, entry } = frame;
+        if let (Some(message), Some(entry)) = (command.message.take(), entry) {
+            let delivery = Delivery {
+                id: message.message_id,
+                redelivered: message.redelivery_count.unwrap_or_default(),
+                unacked: message.ack_set,
+                entry,
+            };
+            if let Some(consumer) = self.shared.users().consumers.get(&message.consumer_id) {
+                // Its owner is gone just now: the broker is told by the owner's end.
+                let _ = consumer.send(delivery);
+            }
+        } else if let Some(closed) = &command.close_consumer {
+            self.shared.users().consumers.remove(&closed.consumer_id);
+        } else if command.ping.is_some() {
+            self.answer(BaseCommand { pong: Some(CommandPong {}), ..self::command(Type::Pong) })?;
+        } else if command.auth_challenge.is_some() {
+            let token = self.credentials.token().map_err(|error| error.to_string())?.unwrap_or_default();
+            let response =
+                AuthData { auth_method_name: Some("token".into()), auth_data: Some(token.into_bytes()) };
+            let response = CommandAuthResponse {
+                response: Some(response),
+                protocol_version: Some(19),
+                ..Default::default()
+            };
+            self.answer(BaseCommand { auth_response: Some(response), ..self::command(Type::AuthResponse) })?;
+        } else if let Some(id) = request_of(&command)
+            && let Some(waiting) = self.shared.users().waiting.remove(&id)
+        {
+            let answer = match command.error.take() {
+                Some(error) => Err(Fault::refused(error.error, error.message)),
+                None => Ok(command),
+            };
+            // Whoever asked may have given up.
+            let _ = waiting.send(answer);
+        }
+        Ok(())
+    }
+
+    /// Never waits: the reader must go on, or nobody reads what would make room.
+    fn answer(&self, command: BaseCommand) -> Result<(), String> {
+        self.outgoing.try_send(command).map_err(|_| "the broker takes nothing any more".into())
+    }
+}
+
+async fn read_frame(stream: &mut (impl AsyncRead + Unpin), bytes: &mut BytesMut) -> Result<Frame, Fault> {
+    loop {
+        match frame::decode(bytes) {
+            Ok(Some(frame)) => return Ok(frame),
+            Ok(None) => {}
+            Err(error) => return Err(Fault::Lost(error.to_string())),
+        }
+        match stream.read_buf(bytes).await {
+            Ok(0) => return Err(Fault::Lost("the broker closed the connection".into())),
+            Ok(_) => {}
+            Err(error) => return Err(Fault::Lost(error.to_string())),
+        }
+    }
+}
+
+/// The request that a command answers.
+fn request_of(command: &BaseCommand) -> Option<u64> {
+    if let Some(error) = &command.error {
+        return Some(error.request_id);
+    }
+    if let Some(success) = &command.success {
+        return Some(success.request_id);
+    }
+    if let Some(found) = &command.lookup_topic_response {
+        return Some(found.request_id);
+    }
+    if let Some(found) = &command.partition_metadata_response {
+        return Some(found.request_id);
+    }
+    if let Some(found) = &command.get_last_message_id_response {
+        return Some(found.request_id);
+    }
+    if let Some(found) = &command.get_topics_of_namespace_response {
+        return Some(found.request_id);
+    }
+    command.ack_response.as_ref()?.request_id
+}
+
+pub fn command(kind: Type) -> BaseCommand {
+    BaseCommand { r#type: kind as i32, ..Default::default() }
+}
+
+pub fn unexpected() -> Fault {
+    Fault::Lost("the broker answered something else than was asked".into())
+}

@@ -1,0 +1,143 @@
+//! Groups on topics whose native publishers batch: an entry is many messages there.
+
+use super::*;
+use twinspan::message::Start;
+
+#[tokio::test]
+async fn what_is_acknowledged_of_a_batch_is_done_and_the_others_come_again() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    bed.batch(0..10).await;
+    let member = bed.join(Start::Earliest).await;
+    let held = take(&*member, 10).await;
+    member.ack(vec![tag(&held, 0), tag(&held, 7)]).await.unwrap();
+    drop(member);
+
+    let member = bed.join(Start::Earliest).await;
+    let held = take(&*member, 8).await;
+    assert_eq!(sorted(&held), [1, 2, 3, 4, 5, 6, 8, 9]);
+    assert_quiet(&*member).await;
+    member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
+    drop(member);
+
+    let member = bed.join(Start::Earliest).await;
+    bed.batch(10..12).await;
+    assert_eq!(sorted(&take(&*member, 2).await), [10, 11], "the first batch is finished");
+}
+
+#[tokio::test]
+async fn what_is_rejected_of_a_batch_comes_again_without_the_others() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    bed.batch(0..5).await;
+    let member = bed.join(Start::Earliest).await;
+    let held = take(&*member, 5).await;
+    member.ack(vec![tag(&held, 4)]).await.unwrap();
+    member.nack(vec![tag(&held, 2)], Duration::from_millis(50)).await.unwrap();
+    let again = take(&*member, 1).await;
+    assert_eq!((sorted(&again), again[0].attempt), (vec![2], 2));
+    assert_quiet(&*member).await;
+
+    // Once it is the only one left, the broker has it back, and whoever gets it learns how often it was tried.
+    member.ack([0, 1, 3].map(|n| tag(&held, n)).into()).await.unwrap();
+    member.nack(vec![again[0].tag], Duration::from_millis(50)).await.unwrap();
+    let third = take(&*member, 1).await;
+    assert_eq!((sorted(&third), third[0].attempt), (vec![2], 3));
+    assert_quiet(&*member).await;
+}
+
+#[tokio::test]
+async fn a_rejected_message_can_go_to_another_member() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    let first = bed.lane.join(&bed.route, &bed.topic, "billing", Start::Earliest, 1).await.unwrap();
+    bed.publish(0).await;
+    let held = take(&*first, 1).await;
+    let other = bed.join(Start::Earliest).await;
+    // With its one place taken by the next, the first member has no room when the rejected one comes back.
+    first.nack(vec![held[0].tag], Duration::from_millis(500)).await.unwrap();
+    let mut publishing = 1;
+    let taken = loop {
+        bed.publish(publishing).await;
+        publishing += 1;
+        if let Ok(taken) = timeout(Duration::from_millis(50), first.next()).await {
+            break taken.unwrap().remove(0).unwrap();
+        }
+    };
+    assert_ne!(number(&taken.envelope), 0);
+    let again = loop {
+        let handed = soon(other.next()).await.unwrap();
+        let found = handed.into_iter().map(Result::unwrap).find(|handed| number(&handed.envelope) == 0);
+        if let Some(again) = found {
+            break again;
+        }
+    };
+    assert_eq!(again.attempt, 2);
+}
+
+#[tokio::test]
+async fn a_batch_larger_than_the_prefetch_is_handed_out_by_the_prefetch() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    bed.batch(0..20).await;
+    let member = bed.lane.join(&bed.route, &bed.topic, "billing", Start::Earliest, 3).await.unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 20 {
+        let held = take(&*member, 3.min(20 - seen.len())).await;
+        assert!(held.len() <= 3);
+        seen.extend(sorted(&held));
+        member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
+    }
+    assert_eq!(seen, (0..20).collect::<Vec<_>>());
+    bed.publish(20).await;
+    assert_eq!(sorted(&take(&*member, 1).await), [20], "every permit was given back");
+}
+
+#[tokio::test]
+async fn a_group_of_another_kind_is_refused_as_busy() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    let mut exclusive = bed
+        .native
+        .consumer()
+        .with_topic(bed.physical())
+        .with_subscription("billing")
+        .with_subscription_type(pulsar::SubType::Exclusive)
+        .build::<Vec<u8>>()
+        .await
+        .unwrap();
+    let refused =
+        bed.lane.join(&bed.route, &bed.topic, "billing", Start::Latest, 10).await.map(drop).unwrap_err();
+    assert!(matches!(refused, twinspan::lane::contract::LaneError::GroupBusy(_)), "{refused:?}");
+    exclusive.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_new_group_begins_inside_a_batch_at_a_time_or_with_the_newest() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    bed.batch(0..6).await;
+    let read = crate::durable_contract::read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await;
+    let starts = [
+        ("after", Start::After(position(&read[2])), 3..6),
+        ("last", Start::Last(2), 4..6),
+        ("time", Start::Time(read[0].message.ts), 0..6),
+    ];
+    for (group, start, expected) in starts {
+        let member = bed.lane.join(&bed.route, &bed.topic, group, start, 100).await.unwrap();
+        assert_eq!(sorted(&take(&*member, expected.len()).await), expected.collect::<Vec<_>>(), "{group}");
+        assert_quiet(&*member).await;
+    }
+}

@@ -18,3 +18,11 @@ pub mod telemetry;
 pub mod policy;
 // Two contracts, two carriers each.
 pub mod lane;
+// The crossing: policy decides, lanes carry.
+pub mod bridge;
+// Clients: one session each.
+pub mod session;
+// The process.
+pub mod config;
+pub mod server;
+pub mod cli;

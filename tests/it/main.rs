@@ -4,13 +4,30 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod brokers;
+mod harness;
 mod lanes;
 
+mod architecture;
+mod defects;
 mod durable_contract;
 mod ephemeral_contract;
+mod hostile;
+mod hostile_sockets;
+mod http;
 mod journal;
+mod killed;
+mod natives;
 mod nats_natives;
 mod nats_outages;
 mod nats_refusals;
 mod nats_subscriptions;
+mod outages;
+mod outbox;
 mod pulsar;
+mod reference;
+mod reloading;
+mod settings;
+mod shutdown;
+mod slow_clients;
+mod talking;
+mod terminal;

@@ -1,0 +1,66 @@
+SHELL := bash
+.DEFAULT_GOAL := help
+
+# real: the tests start a nats-server and a Pulsar and use them too. none: the embedded lanes alone.
+BROKERS ?= real
+
+compose := docker compose -f docker-compose.stack.yml
+docker_answers := docker info >/dev/null 2>&1
+# What must not come in, where cargo-deny is not there to read deny.toml.
+refused := openssl|openssl-sys|native-tls|async-std
+
+.PHONY: help run build check test soak bench up-stack down-stack health health-nats health-pulsar
+
+help: ## lists what make can do here
+	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+
+run: ## runs the bridge on its embedded lanes; nothing else is needed
+	@dev/brokers install protoc
+	cargo run --release -- serve
+
+build: ## builds the release binary
+	@dev/brokers install protoc
+	cargo build --release
+
+check: ## checks format, lints and the rules for dependencies
+	@dev/brokers install protoc
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	@if command -v cargo-deny >/dev/null || cargo install --locked --quiet cargo-deny; then \
+	  echo 'cargo deny check bans licenses sources'; cargo deny check bans licenses sources; \
+	elif ! tree=$$(cargo tree --locked --prefix none --target all); then exit 1; \
+	elif grep -E '^($(refused)) ' <<<"$$tree"; then echo 'These dependencies are refused.'; exit 1; \
+	else \
+	  echo 'cargo-deny could not be installed: only the refused crates were checked, no licenses or sources.'; \
+	fi
+	@if command -v shellcheck >/dev/null; then echo 'shellcheck dev/brokers .ci/run'; shellcheck dev/brokers .ci/run; fi
+
+test: ## runs all tests, on the embedded lanes and on real brokers (BROKERS=none leaves those out)
+	@dev/brokers install $(if $(filter none,$(BROKERS)),protoc)
+	TEST_BROKERS=$(BROKERS) cargo test
+	@if [ $(BROKERS) = none ]; then echo 'Not run, because BROKERS=none: the tests on a real nats-server and a real Pulsar.'; fi
+
+soak: ## runs all tests with their long rounds
+	@dev/brokers install
+	SOAK=1 TEST_BROKERS=real cargo test --release
+
+bench: ## measures the hot paths
+	@dev/brokers install protoc
+	cargo bench
+
+up-stack: ## starts the stack in Docker, or only its two brokers where no Docker engine answers
+	@if $(docker_answers); then $(compose) up --detach --build --wait; else \
+	  echo 'No Docker engine answers; starting the brokers without it.'; dev/brokers up; fi
+
+down-stack: ## stops what up-stack started; the data stays
+	@if $(docker_answers); then $(compose) down; fi
+	@dev/brokers down
+
+health: ## asks the running bridge how it and its lanes are: 0 well, 1 degraded, 2 down
+	@cargo run --quiet --release -- health
+
+health-nats: ## asks NATS how it is
+	@dev/brokers health nats
+
+health-pulsar: ## asks Pulsar how it is, by writing a message and reading it back
+	@dev/brokers health pulsar

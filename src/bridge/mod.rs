@@ -1,0 +1,346 @@
+//! The crossing: the policy decides which lane a topic takes, the lanes carry.
+//!
+//! ```text
+//!              ┌─ ephemeral ─▶ handed over
+//! publish ──▶ route
+//!              └─ durable ───▶ in line ··receipt··▶ stored
+//! ```
+//! A publish has two moments: it has its place in the order, and its outcome is known. A caller who waits only for
+//! the first keeps its order and can have many under way.
+
+pub mod catalog;
+pub mod discovery;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::future::BoxFuture;
+use tokio::sync::broadcast;
+
+use crate::lane::contract::{DurableLane, Ear, EphemeralLane, LaneError, Listening, Member};
+use crate::lane::follow::Follow;
+use crate::message::{Draft, Lane, Message, MessageId, Position, ReplyTo, Start, Timestamp};
+use crate::policy::Policy;
+use crate::policy::table::{Declare, Route};
+use crate::telemetry::metrics::Metrics;
+use crate::topic::{Pattern, Topic};
+use crate::wire::code::{Code, Fault};
+use crate::wire::verbs::Group;
+use catalog::Catalog;
+use discovery::Discovery;
+
+/// How many notices a session may be behind; one that is further behind learns the present state instead.
+const NOTICES_MAX: usize = 256;
+
+pub struct Bridge {
+    pub policy: Policy,
+    pub ephemeral: Arc<dyn EphemeralLane>,
+    pub durable: Arc<dyn DurableLane>,
+    pub catalog: Catalog,
+    pub discovery: Discovery,
+    pub metrics: Arc<Metrics>,
+    notices: broadcast::Sender<Notice>,
+}
+
+/// What every session should know.
+#[derive(Debug, Clone)]
+pub enum Notice {
+    LaneDown { lane: Lane, message: String },
+    LaneUp { lane: Lane },
+    RoutesChanged { at: Timestamp },
+    TopicDeleted { topic: Topic },
+    Draining { reconnect_after: Duration },
+}
+
+/// What became of a publish, once it is known.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Published {
+    pub lane: Lane,
+    pub id: Option<MessageId>,
+    pub position: Option<Position>,
+    pub ts: Timestamp,
+}
+
+/// The outcome of a publish that has its place in the order.
+pub enum Outcome {
+    Known(Published),
+    Later(BoxFuture<'static, Result<Published, Fault>>),
+}
+
+impl Outcome {
+    pub async fn known(self) -> Result<Published, Fault> {
+        match self {
+            Outcome::Known(published) => Ok(published),
+            Outcome::Later(outcome) => outcome.await,
+        }
+    }
+}
+
+impl Bridge {
+    pub fn new(
+        policy: Policy,
+        ephemeral: Arc<dyn EphemeralLane>,
+        durable: Arc<dyn DurableLane>,
+        catalog: Catalog,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let discovery = Discovery::new(durable.clone());
+        Self {
+            policy,
+            ephemeral,
+            durable,
+            catalog,
+            discovery,
+            metrics,
+            notices: broadcast::channel(NOTICES_MAX).0,
+        }
+    }
+
+    /// Returns once the message has its place in the order of its topic.
+    pub async fn publish(&self, topic: &Topic, draft: Draft) -> Result<Outcome, Fault> {
+        let begun = Instant::now();
+        let route = self.route(topic)?;
+        let (lane, bytes) = (route.lane, draft.payload.len());
+        let refused = |fault: Fault| {
+            self.metrics.publish_failed(lane, &route.name, fault.code);
+            fault
+        };
+        self.admit(&route, topic, &draft).map_err(refused)?;
+        let message = draft.accept();
+        let (id, ts) = (message.id, message.ts);
+        let published = move |position| Published { lane, id, position, ts };
+        match lane {
+            Lane::Ephemeral => {
+                self.ephemeral.publish(&route, topic, message).await.map_err(fault).map_err(refused)?;
+                self.catalog.published(topic);
+                self.metrics.published(lane, &route.name, bytes, begun.elapsed());
+                Ok(Outcome::Known(published(None)))
+            }
+            Lane::Durable => {
+                let receipt =
+                    self.durable.append(&route, topic, message).await.map_err(fault).map_err(refused)?;
+                self.catalog.published(topic);
+                self.discovery.seen(topic);
+                let metrics = self.metrics.clone();
+                Ok(Outcome::Later(Box::pin(async move {
+                    match receipt.await {
+                        Ok(position) => {
+                            metrics.published(lane, &route.name, bytes, begun.elapsed());
+                            Ok(published(Some(position)))
+                        }
+                        Err(error) => {
+                            let fault = fault(error);
+                            metrics.publish_failed(lane, &route.name, fault.code);
+                            Err(fault)
+                        }
+                    }
+                })))
+            }
+        }
+    }
+
+    /// The first reply to a message, and nothing but that.
+    pub async fn request(&self, topic: &Topic, draft: Draft, timeout: Duration) -> Result<Message, Fault> {
+        let begun = Instant::now();
+        let route = self.route(topic)?;
+        if route.lane != Lane::Ephemeral {
+            let message =
+                format!("`{topic}` is durable; requests are for ephemeral topics. Nothing was sent");
+            return Err(Fault::new(Code::LaneMismatch, message));
+        }
+        self.admit(&route, topic, &draft)?;
+        let reply = self.ephemeral.request(&route, topic, draft.accept(), timeout).await.map_err(fault)?;
+        self.metrics.requested(&route.name, begun.elapsed());
+        Ok(reply)
+    }
+
+    pub async fn reply(&self, to: &ReplyTo, draft: Draft) -> Result<(), Fault> {
+        if draft.delay.is_some() {
+            return Err(delay_on_ephemeral());
+        }
+        self.ephemeral.reply(to, draft.accept()).await.map_err(fault)
+    }
+
+    /// Whether a subscription to this pattern can ever bring something, and may be made.
+    pub fn may_subscribe(&self, pattern: &Pattern) -> Result<(), Fault> {
+        match pattern.topic() {
+            Some(topic) => {
+                let route = self.route(&topic)?;
+                self.exists(&route, &topic)
+            }
+            None if self.policy.table().overlapping(pattern).next().is_some() => Ok(()),
+            None => Err(no_route(pattern.as_str())),
+        }
+    }
+
+    /// Hears the ephemeral topics of a pattern.
+    pub async fn listen(
+        &self,
+        pattern: &Pattern,
+        group: Option<&str>,
+        last: usize,
+        ear: Arc<dyn Ear>,
+    ) -> Result<Listening, Fault> {
+        self.ephemeral.listen(pattern, group, last, ear).await.map_err(fault)
+    }
+
+    /// Follows one durable topic.
+    pub async fn follow(&self, topic: &Topic, start: Start) -> Result<Follow, Fault> {
+        let route = self.route(topic)?;
+        Follow::open(self.durable.clone(), route, topic.clone(), start).await.map_err(fault)
+    }
+
+    /// Joins a group of one durable topic.
+    pub async fn join(
+        &self,
+        topic: &Topic,
+        group: &Group,
+        start: Start,
+    ) -> Result<(Arc<Route>, Box<dyn Member>), Fault> {
+        let route = self.route(topic)?;
+        let member =
+            self.durable.join(&route, topic, &group.name, start, group.prefetch).await.map_err(fault)?;
+        Ok((route, member))
+    }
+
+    /// Declares a topic.
+    pub async fn create(&self, topic: &Topic) -> Result<Lane, Fault> {
+        let route = self.route(topic)?;
+        let known = match route.declare {
+            Declare::Required => self.catalog.is_declared(topic),
+            Declare::Auto => self.catalog.get(topic).is_some(),
+        };
+        if known {
+            return Err(Fault::new(Code::TopicExists, format!("topic `{topic}` exists")));
+        }
+        if route.lane == Lane::Durable {
+            self.durable.create(&route, topic).await.map_err(fault)?;
+            self.discovery.seen(topic);
+        }
+        self.catalog.declare(topic).map_err(not_kept)?;
+        Ok(route.lane)
+    }
+
+    /// Forgets a topic. Nothing that is stored is erased.
+    pub fn delete(&self, topic: &Topic) -> Result<(), Fault> {
+        if !self.catalog.forget(topic).map_err(not_kept)? {
+            return Err(Fault::new(Code::TopicNotFound, format!("topic `{topic}` is not known here")));
+        }
+        self.notify(Notice::TopicDeleted { topic: topic.clone() });
+        Ok(())
+    }
+
+    pub fn notices(&self) -> broadcast::Receiver<Notice> {
+        self.notices.subscribe()
+    }
+
+    pub fn notify(&self, notice: Notice) {
+        // Nobody listens where nobody is connected.
+        let _ = self.notices.send(notice);
+    }
+
+    /// Tells the sessions what happens to the lanes and the routes, until the process ends.
+    pub async fn watch(self: Arc<Self>) {
+        let (mut ephemeral, mut durable) = (self.ephemeral.state(), self.durable.state());
+        let mut routes = self.policy.changes();
+        let (mut was_up, mut first) = ([false; 2], true);
+        loop {
+            for (lane, state) in [(Lane::Ephemeral, &mut ephemeral), (Lane::Durable, &mut durable)] {
+                let state = state.borrow_and_update().clone();
+                let before = std::mem::replace(&mut was_up[lane as usize], state.is_up());
+                self.metrics.lane_is(lane, state.is_up());
+                match state {
+                    _ if first || before == was_up[lane as usize] => {}
+                    crate::lane::contract::LaneState::Up => self.notify(Notice::LaneUp { lane }),
+                    crate::lane::contract::LaneState::Down(message) => {
+                        self.notify(Notice::LaneDown { lane, message });
+                    }
+                }
+            }
+            first = false;
+            tokio::select! {
+                Ok(()) = ephemeral.changed() => {}
+                Ok(()) = durable.changed() => {}
+                Ok(()) = routes.changed() => self.notify(Notice::RoutesChanged { at: Timestamp::now() }),
+                else => return,
+            }
+        }
+    }
+
+    /// Times a round trip through a lane.
+    pub async fn probe(&self, lane: Lane) -> Result<Duration, Fault> {
+        let probed = match lane {
+            Lane::Ephemeral => self.ephemeral.probe().await,
+            Lane::Durable => self.durable.probe().await,
+        };
+        let elapsed = probed.map_err(fault)?;
+        self.metrics.probed(lane, elapsed);
+        Ok(elapsed)
+    }
+
+    fn route(&self, topic: &Topic) -> Result<Arc<Route>, Fault> {
+        self.policy.table().route_for(topic).cloned().ok_or_else(|| no_route(topic.as_str()))
+    }
+
+    fn exists(&self, route: &Route, topic: &Topic) -> Result<(), Fault> {
+        match route.declare {
+            Declare::Required if !self.catalog.is_declared(topic) => Err(Fault::new(
+                Code::TopicNotFound,
+                format!(
+                    "route `{}` wants its topics declared first: POST /topics {{\"name\":\"{topic}\"}}",
+                    route.name
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn admit(&self, route: &Route, topic: &Topic, draft: &Draft) -> Result<(), Fault> {
+        self.exists(route, topic)?;
+        match route.max_payload {
+            Some(max) if draft.payload.len() > max => {
+                let size = draft.payload.len();
+                let message = format!(
+                    "the payload has {size} bytes, route `{}` takes {max}; nothing was sent",
+                    route.name
+                );
+                return Err(Fault::new(Code::TooLarge, message));
+            }
+            _ => {}
+        }
+        match (draft.delay, route.lane) {
+            (None, _) => Ok(()),
+            (Some(_), Lane::Ephemeral) => Err(delay_on_ephemeral()),
+            (Some(_), Lane::Durable) => Err(Fault::bad_request("message.delay_ms is not in this build yet")),
+        }
+    }
+}
+
+fn delay_on_ephemeral() -> Fault {
+    Fault::new(Code::LaneMismatch, "message.delay_ms is for durable topics; nothing was sent")
+}
+
+fn no_route(name: &str) -> Fault {
+    Fault::new(Code::NoRoute, format!("no route matches `{name}`: add one to the routes file"))
+}
+
+fn not_kept(error: std::io::Error) -> Fault {
+    Fault::new(Code::Internal, format!("the list of declared topics could not be written: {error}"))
+}
+
+/// What a lane's error means to a client.
+pub fn fault(error: LaneError) -> Fault {
+    let code = match &error {
+        LaneError::Unavailable(_) => Code::LaneUnavailable,
+        LaneError::OutcomeUnknown(_) => Code::OutcomeUnknown,
+        LaneError::StorageFull(_) => Code::StorageFull,
+        LaneError::TooLarge { .. } => Code::TooLarge,
+        LaneError::Forbidden(_) => Code::Forbidden,
+        LaneError::NoResponders(_) => Code::NoResponders,
+        LaneError::Timeout(_) => Code::Timeout,
+        LaneError::BadRequest(_) => Code::BadRequest,
+        LaneError::GroupBusy(_) => Code::GroupBusy,
+        LaneError::Corrupt { .. } | LaneError::Internal(_) => Code::Internal,
+    };
+    Fault::new(code, error.to_string())
+}

@@ -1,0 +1,147 @@
+//! HTTP for operators, on a listener of its own: metrics, health in full, routes, connections, reload.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+
+use super::app::App;
+use crate::message::{Lane, Timestamp};
+use crate::topic::Topic;
+use crate::wire::code::{Code, Fault};
+use crate::wire::json::refused_name;
+
+/// How long a report waits for a lane's round trip.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+
+pub fn routes() -> Router<Arc<App>> {
+    Router::new()
+        .route("/", get(index))
+        .route("/livez", get(async || Json(json!({"status": "alive"}))))
+        .route("/readyz", get(super::rest::ready))
+        .route("/metrics", get(metrics))
+        .route("/health", get(health))
+        .route("/routes", get(routes_in_force))
+        .route("/explain/{topic}", get(explain))
+        .route("/reload", post(reload))
+        .route("/connections", get(connections))
+}
+
+async fn index() -> &'static str {
+    "twinspan, for operators: /metrics /health /livez /readyz /routes /explain/{topic} /connections, POST /reload\n"
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
+    (kind, app.bridge.metrics.render()).into_response()
+}
+
+/// In the words of the health+json draft (draft-inadarei-api-health-check): pass, warn, fail.
+async fn health(State(app): State<Arc<App>>) -> Response {
+    let (ephemeral, durable) =
+        tokio::join!(lane_checks(&app, Lane::Ephemeral), lane_checks(&app, Lane::Durable));
+    let reload = app.reloader.last_reload();
+    let problems: Vec<_> = reload.problems.iter().map(ToString::to_string).collect();
+    let status = match (app.status(), reload.ok) {
+        ("down", _) => "fail",
+        ("ok", true) => "pass",
+        _ => "warn",
+    };
+    let body = json!({
+        "status": status,
+        "version": env!("CARGO_PKG_VERSION"),
+        "description": "twinspan, a dual-mode messaging fabric",
+        "checks": {
+            "ephemeral:lane": ephemeral,
+            "durable:lane": durable,
+            "uptime": [{
+                "observedValue": app.started.elapsed().as_secs(), "observedUnit": "s", "status": "pass",
+            }],
+            "connections": [{"observedValue": app.roster.len(), "observedUnit": "connections", "status": "pass"}],
+            "config:reload": [{
+                "status": if reload.ok { "pass" } else { "warn" }, "time": reload.at.to_string(),
+                "output": problems.join("\n"),
+            }],
+        },
+    });
+    let code = if status == "fail" { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    (code, [(header::CONTENT_TYPE, "application/health+json")], body.to_string()).into_response()
+}
+
+async fn lane_checks(app: &App, lane: Lane) -> Value {
+    let mut check = json!({
+        "componentType": "component", "componentId": app.backend(lane),
+        "status": app.lane_status(lane), "time": Timestamp::now().to_string(),
+    });
+    check["status"] = if app.lane_status(lane) == "up" { "pass" } else { "fail" }.into();
+    match tokio::time::timeout(PROBE_TIMEOUT, app.bridge.probe(lane)).await {
+        Ok(Ok(elapsed)) => {
+            check["observedValue"] = elapsed.as_secs_f64().into();
+            check["observedUnit"] = "s".into();
+        }
+        Ok(Err(fault)) => check["output"] = fault.message.into(),
+        Err(_) => check["output"] = format!("no round trip within {PROBE_TIMEOUT:?}").into(),
+    }
+    if let Some(reason) = app.lane_trouble(lane) {
+        check["output"] = reason.into();
+    }
+    json!([check])
+}
+
+async fn routes_in_force(State(app): State<Arc<App>>) -> Json<Value> {
+    let routes: Vec<_> = app
+        .bridge
+        .policy
+        .table()
+        .routes()
+        .iter()
+        .map(|route| {
+            json!({"name": &*route.name, "topic": route.pattern.as_str(), "lane": route.lane.as_str()})
+        })
+        .collect();
+    Json(json!({ "routes": routes }))
+}
+
+async fn explain(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Response, Fault> {
+    let topic = Topic::parse(&name).map_err(refused_name)?;
+    Ok(Json(app.explain(&topic)).into_response())
+}
+
+async fn reload(State(app): State<Arc<App>>) -> Response {
+    let reloader = app.reloader.clone();
+    // It reads a file.
+    let Ok(reloaded) = tokio::task::spawn_blocking(move || reloader.reload()).await else {
+        return Fault::new(Code::Internal, "the reload broke off; the routes in force stay as they are")
+            .into_response();
+    };
+    match reloaded {
+        Ok(summary) => Json(json!({"status": "ok", "changes": summary.to_string()})).into_response(),
+        Err(problems) => {
+            let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+            let message = format!("the routes in force stay as they are: {}", problems.join("; "));
+            let error = json!({"error": {"code": "BAD_REQUEST", "message": message, "retryable": false},
+                               "problems": problems});
+            (StatusCode::BAD_REQUEST, Json(error)).into_response()
+        }
+    }
+}
+
+async fn connections(State(app): State<Arc<App>>) -> Json<Value> {
+    let connections: Vec<_> = app
+        .roster
+        .sessions()
+        .iter()
+        .map(|session| {
+            json!({
+                "connection": session.id.to_string(), "client_id": session.client_id.get(),
+                "since": session.since.to_string(), "deliveries": session.deliveries.len(),
+            })
+        })
+        .collect();
+    Json(json!({ "connections": connections }))
+}

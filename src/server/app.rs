@@ -1,0 +1,113 @@
+//! What the handlers share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use tokio_util::task::TaskTracker;
+
+use crate::bridge::Bridge;
+use crate::config::server::ReadyRequires;
+use crate::config::settings::Settings;
+use crate::lane::contract::LaneState;
+use crate::lane::settings::{DurableBackend, EphemeralBackend};
+use crate::message::Lane;
+use crate::policy::Reloader;
+use crate::policy::explain::{Explanation, explain};
+use crate::session::roster::Roster;
+use crate::session::settings::SessionSettings;
+use crate::topic::Topic;
+
+pub struct App {
+    pub bridge: Arc<Bridge>,
+    pub roster: Arc<Roster>,
+    pub reloader: Reloader,
+    pub session: Arc<SessionSettings>,
+    pub sessions: TaskTracker,
+    pub started: Instant,
+    pub settings: Settings,
+    draining: AtomicBool,
+}
+
+impl App {
+    pub fn new(bridge: Arc<Bridge>, reloader: Reloader, settings: Settings) -> Self {
+        Self {
+            bridge,
+            roster: Arc::default(),
+            reloader,
+            session: Arc::new(settings.session.clone()),
+            sessions: TaskTracker::new(),
+            started: Instant::now(),
+            settings,
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    /// From now on there is no traffic for this bridge.
+    pub fn start_draining(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// Why this bridge should get no traffic now.
+    pub fn unready(&self) -> Option<String> {
+        if self.is_draining() {
+            return Some("draining".into());
+        }
+        let down: Vec<_> = Lane::ALL.into_iter().filter(|lane| self.lane_trouble(*lane).is_some()).collect();
+        match &self.settings.server.ready_requires {
+            ReadyRequires::Any => (down.len() == Lane::ALL.len()).then(|| "both lanes are down".into()),
+            ReadyRequires::Lanes(lanes) => {
+                let lane = lanes.iter().find(|lane| down.contains(lane))?;
+                Some(format!("the {lane} lane is down"))
+            }
+        }
+    }
+
+    /// What is wrong with a lane's broker, if anything.
+    pub fn lane_trouble(&self, lane: Lane) -> Option<String> {
+        let state = match lane {
+            Lane::Ephemeral => self.bridge.ephemeral.state(),
+            Lane::Durable => self.bridge.durable.state(),
+        };
+        match &*state.borrow() {
+            LaneState::Up => None,
+            LaneState::Down(reason) => Some(reason.clone()),
+        }
+    }
+
+    pub fn lane_status(&self, lane: Lane) -> &'static str {
+        if self.lane_trouble(lane).is_none() { "up" } else { "down" }
+    }
+
+    /// `ok`, `degraded` with one lane of two down, `down` with both.
+    pub fn status(&self) -> &'static str {
+        match Lane::ALL.iter().filter(|lane| self.lane_trouble(**lane).is_some()).count() {
+            0 => "ok",
+            1 => "degraded",
+            _ => "down",
+        }
+    }
+
+    /// What carries a lane here.
+    pub fn backend(&self, lane: Lane) -> &'static str {
+        let lanes = &self.settings.lanes;
+        match lane {
+            Lane::Ephemeral => match lanes.ephemeral.backend {
+                EphemeralBackend::Memory => "in-process bus",
+                EphemeralBackend::Nats => "nats",
+            },
+            Lane::Durable => match lanes.durable.backend {
+                DurableBackend::Embedded => "embedded log",
+                DurableBackend::Pulsar => "pulsar",
+            },
+        }
+    }
+
+    pub fn explain(&self, topic: &Topic) -> Explanation {
+        explain(&self.bridge.policy.table(), topic, |lane| self.settings.of_lane(lane))
+    }
+}

@@ -1,0 +1,136 @@
+//! The process: build, serve, drain in order.
+//!
+//! ```text
+//! SIGTERM ─▶ not ready ─▶ no new connections ─▶ DRAINING, what is under way is answered, 1001 ─▶ lanes close ─▶ end
+//! ```
+
+mod accept;
+mod admin;
+pub mod app;
+mod gateway;
+mod rest;
+mod socket;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::DefaultBodyLimit;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{info, warn};
+
+use crate::bridge::catalog::Catalog;
+use crate::bridge::{Bridge, Notice};
+use crate::config::settings::Settings;
+use crate::lane::contract::{DurableLane, EphemeralLane};
+use crate::policy::Reloader;
+use crate::telemetry::metrics::Metrics;
+use crate::topic::Pattern;
+use app::App;
+
+/// Over how much time clients are asked to come back, so that they do not come all at once.
+const RECONNECT_SPREAD: Duration = Duration::from_secs(5);
+
+/// The lanes that a bridge stands on.
+pub struct Lanes {
+    pub ephemeral: Arc<dyn EphemeralLane>,
+    pub durable: Arc<dyn DurableLane>,
+}
+
+/// A bridge that serves.
+pub struct Running {
+    pub listen: SocketAddr,
+    pub admin: SocketAddr,
+    pub app: Arc<App>,
+    stop: CancellationToken,
+    stop_admin: CancellationToken,
+    tasks: TaskTracker,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(
+        "cannot listen on {address}: {source}. Set server.{setting} to another address, or stop what holds it"
+    )]
+    Listen { address: SocketAddr, setting: &'static str, source: std::io::Error },
+    #[error("cannot read the declared topics in {dir}")]
+    Catalog { dir: String, source: std::io::Error },
+}
+
+impl Running {
+    /// Binds both listeners and serves.
+    pub async fn start(
+        settings: Settings,
+        reloader: Reloader,
+        lanes: Lanes,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, StartError> {
+        let dir = &settings.server.data_dir;
+        let catalog = Catalog::open(dir)
+            .map_err(|source| StartError::Catalog { dir: dir.display().to_string(), source })?;
+        let policy = reloader.policy().clone();
+        let bridge = Arc::new(Bridge::new(policy, lanes.ephemeral, lanes.durable, catalog, metrics));
+        let bind = async |address: SocketAddr, setting| {
+            let failed = |source| StartError::Listen { address, setting, source };
+            let listener = TcpListener::bind(address).await.map_err(failed)?;
+            let address = listener.local_addr().map_err(failed)?;
+            Ok((listener, address))
+        };
+        let (public, listen) = bind(settings.server.listen, "listen").await?;
+        let (operators, admin) = bind(settings.server.admin, "admin").await?;
+        let app = Arc::new(App::new(bridge, reloader, settings));
+        let (stop, stop_admin, tasks) =
+            (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+        let router =
+            gateway::routes().merge(rest::routes()).layer(DefaultBodyLimit::max(app.session.max_message));
+        let timeout = app.session.handshake_timeout;
+        let serving =
+            accept::serve(public, router.with_state(app.clone()), timeout, tasks.clone(), stop.clone());
+        tasks.spawn(serving);
+        let router = admin::routes().with_state(app.clone());
+        let serving = accept::serve(operators, router, timeout, tasks.clone(), stop_admin.clone());
+        tasks.spawn(serving);
+        let bridge = app.bridge.clone();
+        let until = stop_admin.clone();
+        tasks.spawn(async move { _ = until.run_until_cancelled(bridge.watch()).await });
+        let (bridge, until) = (app.bridge.clone(), stop_admin.clone());
+        let watching = app.reloader.clone();
+        tasks.spawn(async move {
+            let Ok(everything) = Pattern::parse(">") else { return };
+            _ = until.run_until_cancelled(bridge.discovery.run(everything)).await;
+        });
+        tasks.spawn(watching.watch(stop_admin.clone()));
+        Ok(Self { listen, admin, app, stop, stop_admin, tasks })
+    }
+
+    /// Ends in order, within the grace: clients are told, what is under way is answered, the lanes close.
+    /// Returns whether everything ended in time.
+    pub async fn drain(self) -> bool {
+        let grace = self.app.settings.server.grace;
+        info!(
+            ?grace,
+            connections = self.app.roster.len(),
+            "Draining: no new connections, clients are told to reconnect."
+        );
+        self.app.start_draining();
+        self.stop.cancel();
+        let reconnect_after = RECONNECT_SPREAD.mul_f64(fastrand::f64());
+        self.app.bridge.notify(Notice::Draining { reconnect_after });
+        self.app.sessions.close();
+        let ended = tokio::time::timeout(grace, async {
+            self.app.sessions.wait().await;
+            tokio::join!(self.app.bridge.ephemeral.close(), self.app.bridge.durable.close());
+            self.stop_admin.cancel();
+            self.tasks.close();
+            self.tasks.wait().await;
+        })
+        .await
+        .is_ok();
+        if !ended {
+            warn!("Not everything ended within the grace.");
+        }
+        ended
+    }
+}

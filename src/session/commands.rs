@@ -1,0 +1,441 @@
+//! What a client may say, and what is done about it.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use super::deliveries::Settlement;
+use super::feeds::{discover, follow, take_part};
+use super::outbox::Item;
+use super::reader::Reader;
+use super::subscription::{Subscription, plan};
+use crate::bridge::{Outcome, Published};
+use crate::lane::contract::Member;
+use crate::lane::follow::Follow;
+use crate::message::{Draft, Envelope, Lane, Position, Start, Timestamp};
+use crate::policy::table::Route;
+use crate::topic::{Pattern, Topic};
+use crate::wire::code::{Code, Fault};
+use crate::wire::verbs::{Ack, Command, Event, Group, Info, LAST_N_MAX, Subscribe};
+
+type RequestId = Option<Arc<str>>;
+
+/// How many durable topics of one pattern are opened at the same time.
+const OPENINGS_MAX: usize = 16;
+
+impl Reader {
+    /// Does what was asked, or sees to it that it is answered later.
+    pub(super) async fn command(&mut self, request_id: RequestId, command: Command) -> Result<(), Fault> {
+        match command {
+            Command::Publish { topic, draft, confirm } => {
+                self.publish(request_id, topic, draft, confirm).await
+            }
+            Command::Subscribe(subscribe) => self.subscribe(request_id, subscribe).await,
+            Command::Unsubscribe { pattern, group } => self.unsubscribe(request_id, pattern, group),
+            Command::Request { topic, draft, timeout } => {
+                // The codec refuses a request that its answer could not name.
+                let request_id = request_id.ok_or_else(|| Fault::bad_request("request_id is missing"))?;
+                self.fits(&draft)?;
+                let bridge = self.session.bridge.clone();
+                self.pending.push(Box::pin(async move {
+                    Some(Item::from(match bridge.request(&topic, draft, timeout).await {
+                        Ok(message) => Event::Response { request_id, topic, message: message.into() },
+                        Err(fault) => Event::Error { request_id: Some(request_id), fault },
+                    }))
+                }));
+                Ok(())
+            }
+            Command::Reply { reply_to, draft } => {
+                self.fits(&draft)?;
+                let claimed = self.session.replies.lock().claim(&reply_to);
+                let to = claimed.ok_or_else(|| {
+                    let message = "this reply_to is not for this connection to answer: it was answered, its request \
+                                   has timed out, or it never came here";
+                    Fault::new(Code::Forbidden, message)
+                })?;
+                let bridge = self.session.bridge.clone();
+                self.while_answering(async move { bridge.reply(&to, draft).await }).await
+            }
+            Command::Ack { deliveries } => {
+                self.settle(request_id, deliveries, Settlement::Ack);
+                Ok(())
+            }
+            Command::Nack { deliveries, delay } => {
+                self.settle(request_id, deliveries, Settlement::Nack(delay));
+                Ok(())
+            }
+            Command::Seek { pattern, group } => {
+                if !self.session.bridge.policy.table().reaches(&pattern, Lane::Durable) {
+                    self.session.bridge.may_subscribe(&pattern)?;
+                    let message =
+                        format!("`{pattern}` is ephemeral: group `{group}` has no place to seek in");
+                    return Err(Fault::new(Code::LaneMismatch, message));
+                }
+                Err(Fault::bad_request("seek is not in this build yet"))
+            }
+            Command::Ping => {
+                self.session.outbox.push(Event::Pong { request_id });
+                Ok(())
+            }
+        }
+    }
+
+    async fn publish(
+        &mut self,
+        request_id: RequestId,
+        topic: Topic,
+        draft: Draft,
+        confirm: bool,
+    ) -> Result<(), Fault> {
+        self.fits(&draft)?;
+        let bridge = self.session.bridge.clone();
+        let outcome = self.while_answering(bridge.publish(&topic, draft)).await?;
+        let failed = request_id.clone();
+        let answer = move |published: Published| {
+            confirm.then(|| {
+                let ack = Ack {
+                    request_id,
+                    topic: Some(topic.into()),
+                    lane: Some(published.lane),
+                    message_id: published.id,
+                    position: published.position,
+                    ts: published.ts,
+                    ..Ack::default()
+                };
+                Item::from(Event::Ack(ack.into()))
+            })
+        };
+        match outcome {
+            Outcome::Known(published) => {
+                if let Some(item) = answer(published) {
+                    self.session.outbox.push(item);
+                }
+            }
+            Outcome::Later(outcome) => {
+                self.pending.push(Box::pin(async move {
+                    match outcome.await {
+                        Ok(published) => answer(published),
+                        Err(fault) => Some(Event::Error { request_id: failed, fault }.into()),
+                    }
+                }));
+            }
+        }
+        Ok(())
+    }
+
+    fn fits(&self, draft: &Draft) -> Result<(), Fault> {
+        let (size, max) = (draft.payload.len(), self.settings.max_message);
+        if size > max { Err(Fault::too_large(size, max)) } else { Ok(()) }
+    }
+
+    fn settle(&mut self, request_id: RequestId, numbers: Vec<u64>, settlement: Settlement) {
+        let session = self.session.clone();
+        self.pending.push(Box::pin(async move {
+            match session.deliveries.settle(&numbers, settlement).await {
+                Ok(()) if request_id.is_none() => None,
+                Ok(()) => {
+                    Some(Event::Ack(Ack { request_id, ts: Timestamp::now(), ..Ack::default() }.into()).into())
+                }
+                Err(fault) => Some(Event::Error { request_id, fault }.into()),
+            }
+        }));
+    }
+
+    async fn subscribe(&mut self, request_id: RequestId, asked: Subscribe) -> Result<(), Fault> {
+        let Subscribe { pattern, mut start, client_id, group } = asked;
+        let key = (pattern.clone(), group.as_ref().map(|group| group.name.clone()));
+        if self.subscriptions.contains_key(&key) {
+            let message = format!("this connection has subscribed to `{pattern}` already; unsubscribe first");
+            return Err(Fault::bad_request(message));
+        }
+        if self.subscriptions.len() >= self.settings.max_subscriptions {
+            let message =
+                format!("a connection has at most {} subscriptions", self.settings.max_subscriptions);
+            return Err(Fault::new(Code::LimitExceeded, message));
+        }
+        self.session.bridge.may_subscribe(&pattern)?;
+        let subscription =
+            Subscription::new(self.session.next_number(), pattern, group, self.session.clone());
+        let last_n = match &mut start {
+            Start::Last(n) => {
+                *n = (*n).min(self.last_n_max(&subscription));
+                Some(*n)
+            }
+            _ => None,
+        };
+        if matches!(start, Start::After(_)) && subscription.takes(Lane::Ephemeral) {
+            let message = format!("`{}` is ephemeral and has no positions; use last_n", subscription.pattern);
+            return Err(Fault::new(Code::LaneMismatch, message));
+        }
+        // Taken before anything is opened: whoever resumes at this time misses nothing.
+        let ts = Timestamp::now();
+        let opening = open(subscription.clone(), start.clone());
+        let opened = match self.while_answering(opening).await {
+            Ok(opened) => opened,
+            Err(fault) => {
+                subscription.end();
+                return Err(fault);
+            }
+        };
+        if let Some(client_id) = client_id {
+            // The first one given holds.
+            let _ = self.session.client_id.set(client_id);
+        }
+        let lanes: Vec<Lane> = Lane::ALL.into_iter().filter(|lane| subscription.takes(*lane)).collect();
+        let is_durable_group = subscription.group.is_some() && subscription.takes(Lane::Durable);
+        let ack = Ack {
+            request_id,
+            topic: Some(subscription.pattern.clone()),
+            lane: (lanes.len() == 1).then(|| lanes[0]),
+            ts,
+            position: opened.position(&subscription, &start, ts),
+            group: subscription.group.as_ref().map(|group| group.name.clone()),
+            mode: is_durable_group.then_some("shared"),
+            prefetch: subscription.group.as_ref().filter(|_| is_durable_group).map(|group| group.prefetch),
+            last_n,
+            ..Ack::default()
+        };
+        self.session.outbox.push(Event::Ack(ack.into()));
+        for lane in lanes {
+            self.session.bridge.metrics.subscribed(lane);
+        }
+        self.session.bridge.catalog.subscribed(&subscription.pattern);
+        opened.begin(&subscription, start != Start::Latest);
+        if subscription.group.is_none() {
+            self.session.plain().push(subscription.clone());
+        }
+        self.subscriptions.insert(key, subscription);
+        Ok(())
+    }
+
+    /// What `last_n` is cut to.
+    fn last_n_max(&self, subscription: &Subscription) -> u32 {
+        let table = self.session.bridge.policy.table();
+        let history = table
+            .overlapping(&subscription.pattern)
+            .filter(|route| route.lane == Lane::Ephemeral)
+            .map(|route| route.history as u32)
+            .max()
+            .unwrap_or(0);
+        if subscription.takes(Lane::Durable) { LAST_N_MAX } else { history }
+    }
+
+    fn unsubscribe(
+        &mut self,
+        request_id: RequestId,
+        pattern: Pattern,
+        group: Option<String>,
+    ) -> Result<(), Fault> {
+        let Some(subscription) = self.subscriptions.remove(&(pattern.clone(), group)) else {
+            return Err(Fault::bad_request(format!(
+                "this connection has no such subscription to `{pattern}`"
+            )));
+        };
+        self.drop_subscription(&subscription);
+        let ack = Ack { request_id, topic: Some(pattern), ts: Timestamp::now(), ..Ack::default() };
+        self.session.outbox.push(Event::Ack(ack.into()));
+        Ok(())
+    }
+
+    /// Ends a subscription that was made.
+    pub(super) fn drop_subscription(&mut self, subscription: &Arc<Subscription>) {
+        self.session.plain().retain(|other| other.no != subscription.no);
+        subscription.end();
+        self.session.feeds.leave(subscription.no);
+        self.session.deliveries.give_back(subscription.no);
+        self.session.bridge.catalog.unsubscribed(&subscription.pattern);
+        for lane in Lane::ALL.into_iter().filter(|lane| subscription.takes(*lane)) {
+            self.session.bridge.metrics.unsubscribed(lane);
+        }
+    }
+
+    /// The routes changed: a subscription whose topics have moved moves with them.
+    pub(super) async fn follow_routes(&mut self, at: Timestamp) {
+        let table = self.session.bridge.policy.table();
+        let moved: Vec<_> = self
+            .subscriptions
+            .iter()
+            .filter(|(_, subscription)| plan(&table, &subscription.pattern) != subscription.plan)
+            .map(|(key, subscription)| (key.clone(), subscription.clone()))
+            .collect();
+        for (key, old) in moved {
+            self.subscriptions.remove(&key);
+            self.drop_subscription(&old);
+            let new = Subscription::new(
+                self.session.next_number(),
+                old.pattern.clone(),
+                old.group.clone(),
+                self.session.clone(),
+            );
+            self.session.outbox.push(Event::Info(Info::RouteChanged { topic: old.pattern.clone() }));
+            // What was stored since the routes changed is not missed.
+            let opening = open(new.clone(), Start::Time(at));
+            match self.while_answering(opening).await {
+                Ok(opened) => {
+                    opened.begin(&new, false);
+                    for lane in Lane::ALL.into_iter().filter(|lane| new.takes(*lane)) {
+                        self.session.bridge.metrics.subscribed(lane);
+                    }
+                    self.session.bridge.catalog.subscribed(&new.pattern);
+                    if new.group.is_none() {
+                        self.session.plain().push(new.clone());
+                    }
+                    self.subscriptions.insert(key, new);
+                }
+                Err(fault) => {
+                    new.end();
+                    let message =
+                        format!("the subscription to `{}` has ended: {}", old.pattern, fault.message);
+                    let fault = Fault::new(fault.code, message);
+                    self.session.outbox.push(Event::Error { request_id: None, fault });
+                }
+            }
+        }
+    }
+}
+
+/// A subscription that has its place in every lane it takes, and has brought nothing yet.
+struct Opened {
+    history: Vec<(Arc<Route>, Arc<Envelope>)>,
+    follows: Vec<Follow>,
+    members: Vec<Membership>,
+    /// For a pattern with durable topics: those that are followed from the beginning.
+    known: Option<BTreeSet<Topic>>,
+}
+
+struct Membership {
+    topic: Topic,
+    route: Arc<Route>,
+    member: Box<dyn Member>,
+}
+
+async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, Fault> {
+    let bridge = subscription.session.bridge.clone();
+    let mut opened = Opened { history: Vec::new(), follows: Vec::new(), members: Vec::new(), known: None };
+    if subscription.takes(Lane::Ephemeral) {
+        let (last, since) = match &start {
+            Start::Last(n) => (*n as usize, None),
+            Start::Earliest => (usize::MAX, None),
+            Start::Time(time) | Start::Resume { others_from: time, .. } => (usize::MAX, Some(*time)),
+            Start::Latest | Start::After(_) => (0, None),
+        };
+        let group = subscription.group.as_ref().map(|group| group.name.as_str());
+        let last = if group.is_some() { 0 } else { last };
+        let mut listening = bridge.listen(&subscription.pattern, group, last, subscription.clone()).await?;
+        opened.history = std::mem::take(&mut listening.history);
+        if let Some(since) = since {
+            opened.history.retain(|(_, envelope)| envelope.message.ts >= since);
+        }
+        subscription.keep(listening);
+    }
+    if subscription.takes(Lane::Durable) {
+        let topics = match subscription.pattern.topic() {
+            Some(topic) => vec![topic],
+            None => {
+                let found =
+                    bridge.durable.topics(&subscription.pattern).await.map_err(crate::bridge::fault)?;
+                opened.known = Some(found.iter().cloned().collect());
+                found
+            }
+        };
+        match &subscription.group {
+            None => {
+                opened.follows = stream::iter(topics)
+                    .map(|topic| {
+                        let (bridge, start) = (bridge.clone(), start.for_topic(&topic));
+                        async move { bridge.follow(&topic, start).await }
+                    })
+                    .buffer_unordered(OPENINGS_MAX)
+                    .try_collect()
+                    .await?;
+            }
+            Some(group) => {
+                opened.members = stream::iter(topics)
+                    .map(|topic| join(&subscription, topic, group.clone(), &start))
+                    .buffer_unordered(OPENINGS_MAX)
+                    .try_collect()
+                    .await?;
+            }
+        }
+    }
+    Ok(opened)
+}
+
+fn join(
+    subscription: &Subscription,
+    topic: Topic,
+    group: Group,
+    start: &Start,
+) -> impl Future<Output = Result<Membership, Fault>> + Send + use<> {
+    let (bridge, start) = (subscription.session.bridge.clone(), start.for_topic(&topic));
+    async move {
+        let (route, member) = bridge.join(&topic, &group, start).await?;
+        Ok(Membership { topic, route, member })
+    }
+}
+
+impl Opened {
+    /// What the subscription starts after, so that a client that never got an event can still resume.
+    fn position(&self, subscription: &Subscription, start: &Start, ts: Timestamp) -> Option<Position> {
+        subscription.pattern.topic()?;
+        let follow = self.follows.first()?;
+        let since = |others_from| Position::Partitioned { reached: Arc::default(), others_from };
+        Some(match start {
+            Start::Earliest => since(Timestamp::from_millis(0)),
+            Start::Time(time) => since(*time),
+            _ => follow.reached().cloned().unwrap_or_else(|| since(ts)),
+        })
+    }
+
+    /// Lets the messages come. With `replay` the client is told where the live ones begin.
+    fn begin(self, subscription: &Arc<Subscription>, replay: bool) {
+        let session = &subscription.session;
+        if replay {
+            let own = usize::from(subscription.takes(Lane::Ephemeral) || self.follows.is_empty());
+            subscription.expect_replays(own + self.follows.len());
+        }
+        match (subscription.takes(Lane::Ephemeral), self.history.is_empty()) {
+            (true, false) => session.spawn(replay_history(subscription.clone(), self.history, replay)),
+            _ => {
+                subscription.open();
+                if replay && (subscription.takes(Lane::Ephemeral) || self.follows.is_empty()) {
+                    subscription.replay_ended();
+                }
+            }
+        }
+        for mut way in self.follows {
+            if !replay {
+                way.replay_as_live();
+            }
+            session.spawn(follow(subscription.clone(), way));
+        }
+        for Membership { topic, route, member } in self.members {
+            if let Some(group) = &subscription.group {
+                session.spawn(take_part(subscription.clone(), group.clone(), topic, route, member));
+            }
+        }
+        if let Some(known) = self.known {
+            session.spawn(discover(subscription.clone(), known, session.bridge.discovery.watch()));
+        }
+    }
+}
+
+/// Sends the history as room allows; what comes live meanwhile is held.
+async fn replay_history(
+    subscription: Arc<Subscription>,
+    history: Vec<(Arc<Route>, Arc<Envelope>)>,
+    announced: bool,
+) {
+    let replay = async {
+        for (route, envelope) in history {
+            subscription.session.outbox.push_durable(subscription.replayed(&route, envelope)).await;
+        }
+    };
+    if subscription.stop.run_until_cancelled(replay).await.is_some() {
+        if announced {
+            subscription.replay_ended();
+        }
+        subscription.open();
+    }
+}

@@ -1,0 +1,188 @@
+//! The reader: takes one frame after the other, and sees to it that each is answered.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::ws::{Message, WebSocket};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, SplitStream};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_tungstenite::tungstenite;
+use tracing::error;
+
+use super::outbox::Item;
+use super::settings::SessionSettings;
+use super::shared::Shared;
+use super::subscription::Subscription;
+use crate::bridge::Notice;
+use crate::message::Timestamp;
+use crate::topic::Pattern;
+use crate::wire::code::{Close, Code};
+use crate::wire::verbs::{Asked, Codec, Event, Info};
+
+/// How long the goodbye of a peer may take.
+const CLOSING: Duration = Duration::from_secs(1);
+
+/// What becomes of a command later: the frame that answers it, where there is one.
+pub type Pending = FuturesUnordered<BoxFuture<'static, Option<Item>>>;
+
+pub struct Reader {
+    pub session: Arc<Shared>,
+    codec: Arc<dyn Codec>,
+    pub settings: Arc<SessionSettings>,
+    stream: SplitStream<WebSocket>,
+    pub subscriptions: HashMap<(Pattern, Option<String>), Arc<Subscription>>,
+    pub pending: Pending,
+    draining: bool,
+}
+
+impl Reader {
+    pub fn new(
+        session: Arc<Shared>,
+        codec: Arc<dyn Codec>,
+        settings: Arc<SessionSettings>,
+        stream: SplitStream<WebSocket>,
+    ) -> Self {
+        let (subscriptions, pending) = (HashMap::new(), Pending::new());
+        Self { session, codec, settings, stream, subscriptions, pending, draining: false }
+    }
+
+    /// Reads until the connection is to be closed: with what, or `None` where the peer closed it.
+    pub async fn run(&mut self) -> Option<Close> {
+        let session = self.session.clone();
+        let mut notices = session.bridge.notices();
+        let mut heard = Instant::now();
+        let silence = sleep(self.settings.pong_timeout);
+        tokio::pin!(silence);
+        loop {
+            if self.draining && self.pending.is_empty() {
+                return Some(Close::GoingAway);
+            }
+            let has_room = self.pending.len() < self.settings.max_inflight && !self.draining;
+            let next = async {
+                // A client that does not read is not read from.
+                session.outbox.fewer_than(self.settings.unread_max()).await;
+                self.stream.next().await
+            };
+            tokio::select! {
+                biased;
+                Some(answer) = self.pending.next(), if !self.pending.is_empty() => {
+                    if let Some(item) = answer {
+                        session.outbox.push(item);
+                    }
+                }
+                notice = notices.recv() => {
+                    match notice {
+                        Ok(notice) => self.notice(notice).await,
+                        // What was missed says how things were; the routes are looked at as they are now.
+                        Err(RecvError::Lagged(_)) => self.notice(Notice::RoutesChanged { at: Timestamp::now() }).await,
+                        Err(RecvError::Closed) => return Some(Close::GoingAway),
+                    }
+                    // Notices come whether the client reads or not. The answers to all that is in flight have room.
+                    if session.outbox.len() > self.settings.unread_max() + self.settings.max_inflight {
+                        return Some(Close::SlowConsumer);
+                    }
+                }
+                () = session.outbox.closed() => return None,
+                () = &mut silence => {
+                    if heard.elapsed() >= self.settings.pong_timeout {
+                        return Some(Close::Silent);
+                    }
+                    silence.as_mut().reset(heard + self.settings.pong_timeout);
+                }
+                frame = next, if has_room => {
+                    heard = Instant::now();
+                    match frame {
+                        Some(Ok(Message::Text(text))) => self.frame(text.into()).await,
+                        Some(Ok(Message::Binary(_))) => return Some(Close::Binary),
+                        Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                        Some(Ok(Message::Close(_))) => {
+                            // Reading on sends the answer to the close.
+                            let _ = timeout(CLOSING, self.stream.next()).await;
+                            return None;
+                        }
+                        None => return None,
+                        Some(Err(error)) => return broken(error),
+                    }
+                }
+            }
+        }
+    }
+
+    async fn frame(&mut self, frame: Bytes) {
+        let Asked { request_id, command } = self.codec.decode(&frame);
+        let done = match command {
+            Ok(command) => self.command(request_id.clone(), command).await,
+            Err(fault) => Err(fault),
+        };
+        if let Err(fault) = done {
+            if fault.code == Code::Internal {
+                error!(connection = self.session.id, request_id = request_id.as_deref(), %fault, "A frame met a defect.");
+            }
+            self.session.outbox.push(Event::Error { request_id, fault });
+        }
+    }
+
+    async fn notice(&mut self, notice: Notice) {
+        let outbox = &self.session.outbox;
+        let mut subscriptions = self.subscriptions.values();
+        match notice {
+            Notice::LaneDown { lane, message } if subscriptions.any(|s| s.takes(lane)) => {
+                outbox.push(Event::Info(Info::LaneDown { lane, message }));
+            }
+            Notice::LaneUp { lane } if subscriptions.any(|s| s.takes(lane)) => {
+                outbox.push(Event::Info(Info::LaneUp { lane }));
+            }
+            Notice::TopicDeleted { topic } if subscriptions.any(|s| s.pattern.matches(&topic)) => {
+                outbox.push(Event::Info(Info::TopicDeleted { topic }));
+            }
+            Notice::LaneDown { .. } | Notice::LaneUp { .. } | Notice::TopicDeleted { .. } => {}
+            Notice::RoutesChanged { at } => self.follow_routes(at).await,
+            Notice::Draining { reconnect_after } => {
+                outbox.push(Event::Info(Info::Draining { reconnect_after }));
+                self.draining = true;
+            }
+        }
+    }
+
+    /// Waits for a step of a command while the answers to others go out.
+    pub async fn while_answering<T>(&mut self, step: impl Future<Output = T>) -> T {
+        tokio::pin!(step);
+        loop {
+            tokio::select! {
+                done = &mut step => return done,
+                Some(answer) = self.pending.next(), if !self.pending.is_empty() => {
+                    if let Some(item) = answer {
+                        self.session.outbox.push(item);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives back everything this connection had.
+    pub fn end(&mut self) {
+        for (_, subscription) in std::mem::take(&mut self.subscriptions) {
+            self.drop_subscription(&subscription);
+        }
+        self.session.deliveries.clear();
+    }
+}
+
+/// What a broken stream is closed with; `None` where there is nobody left to tell.
+fn broken(error: axum::Error) -> Option<Close> {
+    let error = error.into_inner();
+    match error.downcast_ref::<tungstenite::Error>() {
+        Some(tungstenite::Error::Capacity(_)) => Some(Close::TooBig),
+        Some(tungstenite::Error::Utf8(_)) => Some(Close::InvalidUtf8),
+        Some(tungstenite::Error::Protocol(
+            tungstenite::error::ProtocolError::ResetWithoutClosingHandshake,
+        )) => None,
+        Some(tungstenite::Error::Protocol(_)) => Some(Close::Protocol),
+        _ => None,
+    }
+}

@@ -1,0 +1,107 @@
+//! Native clients of the brokers and WebSocket clients of the bridge talk to each other, bytes equal.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use pulsar::{Consumer, Pulsar, SubType, TokioExecutor};
+use serde_json::json;
+
+use crate::brokers::{shared_nats, shared_pulsar};
+use crate::harness::{Span, draft, next, nothing, soon};
+
+const PAYLOADS: [&[u8]; 4] = [b"{ \"n\" : 1 }", b"plain", b"", b"\xff\x00"];
+
+#[tokio::test]
+async fn an_ephemeral_topic_is_a_nats_subject() {
+    let Some(span) = Span::on_brokers().await else { return };
+    let native = async_nats::connect(shared_nats().await.url()).await.unwrap();
+    let subject = format!("{}.telemetry.n", span.own);
+    let mut subscriber = native.subscribe(subject.clone()).await.unwrap();
+    native.flush().await.unwrap();
+    let mut client = span.client().await;
+    client.subscribe("telemetry.*", nothing()).await.unwrap();
+    for payload in PAYLOADS {
+        let ack = client.publish("telemetry.n", &draft(payload)).await.unwrap();
+        let heard = soon(subscriber.next()).await.unwrap();
+        assert_eq!(heard.payload, payload);
+        assert_eq!(heard.headers.unwrap().get("twinspan-id").unwrap().as_str(), ack.message_id.unwrap());
+        assert_eq!(next(&mut client).await.payload().unwrap(), payload);
+
+        native.publish(subject.clone(), payload.into()).await.unwrap();
+        let event = next(&mut client).await;
+        assert_eq!(
+            (event.topic.as_deref(), event.payload().unwrap().as_slice()),
+            (Some("telemetry.n"), payload)
+        );
+        assert_eq!(event.message().unwrap().id, None, "a native message has no id");
+        soon(subscriber.next()).await.unwrap();
+    }
+    // Requests cross both ways.
+    let service = format!("{}.svc.native", span.own);
+    let mut serving = native.subscribe(service.clone()).await.unwrap();
+    let server = native.clone();
+    let served = tokio::spawn(async move {
+        let request = serving.next().await.unwrap();
+        server.publish(request.reply.unwrap(), "from nats".into()).await.unwrap();
+    });
+    native.flush().await.unwrap();
+    let caller = client.sender();
+    // The server has the subscription once it has answered a later request of the same connection.
+    native.request(format!("{}.svc.nobody", span.own), "".into()).await.unwrap_err();
+    let response = caller.request("svc.native", &draft("1"), Duration::from_secs(5)).await.unwrap();
+    assert_eq!(response.payload().unwrap(), b"from nats");
+    served.await.unwrap();
+    client.subscribe("svc.here", nothing()).await.unwrap();
+    let asking = native.request(format!("{}.svc.here", span.own), "1".into());
+    let answering = async {
+        let request = next(&mut client).await;
+        client.reply(&request.reply_to.unwrap(), &draft("from here")).await.unwrap();
+    };
+    let (answer, ()) = tokio::join!(asking, answering);
+    assert_eq!(answer.unwrap().payload, "from here");
+}
+
+#[tokio::test]
+async fn a_durable_topic_is_a_pulsar_topic() {
+    let Some(span) = Span::on_brokers().await else { return };
+    let native: Pulsar<_> =
+        Pulsar::builder(shared_pulsar().await.url(), TokioExecutor).build().await.unwrap();
+    let topic = format!("persistent://public/default/{}.orders.n", span.own);
+    let mut consumer: Consumer<Vec<u8>, _> = native
+        .consumer()
+        .with_topic(&topic)
+        .with_subscription("native")
+        .with_subscription_type(SubType::Exclusive)
+        .build()
+        .await
+        .unwrap();
+    let mut producer = native.producer().with_topic(&topic).build().await.unwrap();
+    let mut client = span.client().await;
+    client.subscribe("orders.n", nothing()).await.unwrap();
+    for payload in PAYLOADS {
+        let ack = client.publish("orders.n", &draft(payload)).await.unwrap();
+        let heard = soon(consumer.next()).await.unwrap().unwrap();
+        assert_eq!(heard.payload.data, payload);
+        let id = heard.payload.metadata.properties.iter().find(|pair| pair.key == "twinspan-id").unwrap();
+        assert_eq!(Some(&id.value), ack.message_id.as_ref());
+        consumer.ack(&heard).await.unwrap();
+        assert_eq!(next(&mut client).await.payload().unwrap(), payload);
+
+        producer.send_non_blocking(payload.to_vec()).await.unwrap().await.unwrap();
+        let event = next(&mut client).await;
+        assert_eq!(
+            (event.topic.as_deref(), event.payload().unwrap().as_slice()),
+            (Some("orders.n"), payload)
+        );
+        assert!(event.message().unwrap().id.is_some(), "its id is derived from its position");
+        soon(consumer.next()).await.unwrap().unwrap();
+    }
+    // Read again, a native message has the same id.
+    let mut again = span.client().await;
+    again.subscribe("orders.n", json!({"from": "earliest"})).await.unwrap();
+    let mut ids = Vec::new();
+    for _ in 0..2 * PAYLOADS.len() {
+        ids.push(next(&mut again).await.message().unwrap().id.unwrap());
+    }
+    assert_eq!(ids.iter().collect::<std::collections::HashSet<_>>().len(), ids.len());
+}

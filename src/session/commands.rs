@@ -182,7 +182,7 @@ impl Reader {
             // The first one given holds.
             let _ = self.session.client_id.set(client_id);
         }
-        let lanes: Vec<Lane> = Lane::ALL.into_iter().filter(|lane| subscription.takes(*lane)).collect();
+        let lanes: Vec<Lane> = subscription.lanes().collect();
         let is_durable_group = subscription.group.is_some() && subscription.takes(Lane::Durable);
         let ack = Ack {
             request_id,
@@ -197,15 +197,7 @@ impl Reader {
             ..Ack::default()
         };
         self.session.outbox.push(Event::Ack(ack.into()));
-        for lane in lanes {
-            self.session.bridge.metrics.subscribed(lane);
-        }
-        self.session.bridge.catalog.subscribed(&subscription.pattern);
-        opened.begin(&subscription, start != Start::Latest);
-        if subscription.group.is_none() {
-            self.session.plain().push(subscription.clone());
-        }
-        self.subscriptions.insert(key, subscription);
+        self.keep_subscription(key, subscription, opened, start != Start::Latest);
         Ok(())
     }
 
@@ -238,6 +230,25 @@ impl Reader {
         Ok(())
     }
 
+    /// From here on the subscription is there, until `drop_subscription`.
+    fn keep_subscription(
+        &mut self,
+        key: (Pattern, Option<String>),
+        subscription: Arc<Subscription>,
+        opened: Opened,
+        replay: bool,
+    ) {
+        for lane in subscription.lanes() {
+            self.session.bridge.metrics.subscribed(lane);
+        }
+        self.session.bridge.catalog.subscribed(&subscription.pattern);
+        opened.begin(&subscription, replay);
+        if subscription.group.is_none() {
+            self.session.plain().push(subscription.clone());
+        }
+        self.subscriptions.insert(key, subscription);
+    }
+
     /// Ends a subscription that was made.
     pub(super) fn drop_subscription(&mut self, subscription: &Arc<Subscription>) {
         self.session.plain().retain(|other| other.no != subscription.no);
@@ -245,7 +256,7 @@ impl Reader {
         self.session.feeds.leave(subscription.no);
         self.session.deliveries.give_back(subscription.no);
         self.session.bridge.catalog.unsubscribed(&subscription.pattern);
-        for lane in Lane::ALL.into_iter().filter(|lane| subscription.takes(*lane)) {
+        for lane in subscription.lanes() {
             self.session.bridge.metrics.unsubscribed(lane);
         }
     }
@@ -272,17 +283,7 @@ impl Reader {
             // What was stored since the routes changed is not missed.
             let opening = open(new.clone(), Start::Time(at));
             match self.while_answering(opening).await {
-                Ok(opened) => {
-                    opened.begin(&new, false);
-                    for lane in Lane::ALL.into_iter().filter(|lane| new.takes(*lane)) {
-                        self.session.bridge.metrics.subscribed(lane);
-                    }
-                    self.session.bridge.catalog.subscribed(&new.pattern);
-                    if new.group.is_none() {
-                        self.session.plain().push(new.clone());
-                    }
-                    self.subscriptions.insert(key, new);
-                }
+                Ok(opened) => self.keep_subscription(key, new, opened, false),
                 Err(fault) => {
                     new.end();
                     let message =

@@ -89,6 +89,11 @@ impl Subscription {
         self.plan.iter().any(|(_, taken, ..)| *taken == lane)
     }
 
+    /// The lanes that its topics take.
+    pub fn lanes(&self) -> impl Iterator<Item = Lane> {
+        Lane::ALL.into_iter().filter(|lane| self.takes(*lane))
+    }
+
     /// Keeps the place in the lane until the subscription ends.
     pub fn keep(&self, listening: Listening) {
         *self.listening.lock().unwrap_or_else(PoisonError::into_inner) = Some(listening);

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use twinspan::lane::contract::{DurableLane, Receipt};
+use twinspan::lane::contract::{DurableLane, Publisher, Receipt};
 use twinspan::lane::journal::Journal;
 use twinspan::message::{Draft, Lane};
 use twinspan::policy::Policy;
@@ -54,7 +54,10 @@ async fn measure(payload: usize, in_flight: usize, count: usize) {
         }
         if sent < count {
             let message = Draft { payload: payload.clone(), ..Draft::default() }.accept();
-            waiting.push_back((Instant::now(), lane.append(&route, &topic, message).await.unwrap()));
+            waiting.push_back((
+                Instant::now(),
+                lane.append(&route, &topic, message, Publisher::default()).await.unwrap(),
+            ));
         }
     }
     let rate = count as f64 / began.elapsed().as_secs_f64();

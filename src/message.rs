@@ -37,6 +37,38 @@ impl fmt::Display for Lane {
     }
 }
 
+/// How the members of a consumer group share a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum GroupMode {
+    /// One member; a second one is refused.
+    Exclusive,
+    /// Each message to any member.
+    #[default]
+    Shared,
+    /// One member at a time, the others wait to take its place.
+    Failover,
+    /// The messages of one key to one member.
+    KeyShared,
+}
+
+impl GroupMode {
+    pub const ALL: [GroupMode; 4] =
+        [GroupMode::Exclusive, GroupMode::Shared, GroupMode::Failover, GroupMode::KeyShared];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            GroupMode::Exclusive => "exclusive",
+            GroupMode::Shared => "shared",
+            GroupMode::Failover => "failover",
+            GroupMode::KeyShared => "key_shared",
+        }
+    }
+
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|mode| mode.as_str() == name)
+    }
+}
+
 /// Identifies a message wherever it is copied to: publishing an id again is the same message again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MessageId(Uuid);
@@ -105,6 +137,10 @@ impl Timestamp {
         self.0
     }
 
+    pub fn after(self, delay: Duration) -> Self {
+        Self::from_millis(self.0.saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)))
+    }
+
     /// How long ago this was; zero for the future (clocks of two machines differ).
     pub fn age(self) -> Duration {
         Duration::from_millis(Self::now().0.saturating_sub(self.0).max(0) as u64)
@@ -145,13 +181,15 @@ pub struct Draft {
 impl Draft {
     /// The fabric accepts the message now.
     pub fn accept(self) -> Message {
+        let ts = Timestamp::now();
         Message {
             id: Some(self.id.unwrap_or_default()),
-            ts: Timestamp::now(),
+            ts,
             payload: self.payload,
             key: self.key,
             headers: self.headers,
             event_time: self.event_time,
+            deliver_at: self.delay.map(|delay| ts.after(delay)),
         }
     }
 }
@@ -169,6 +207,8 @@ pub struct Message {
     pub headers: Headers,
     /// When it happened, in the publisher's words.
     pub event_time: Option<Timestamp>,
+    /// Groups of mode `shared` and `key_shared` get it no earlier.
+    pub deliver_at: Option<Timestamp>,
 }
 
 /// Where the answer to a request goes. The lane that made it knows what it means; nobody else reads it.

@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 use futures_util::future::BoxFuture;
 use tokio::sync::broadcast;
 
-use crate::lane::contract::{DurableLane, Ear, EphemeralLane, LaneError, Listening, Member};
+use crate::lane::contract::{
+    DurableLane, Ear, EphemeralLane, Joining, LaneError, Listening, Member, Publisher,
+};
 use crate::lane::follow::Follow;
 use crate::message::{Draft, Lane, Message, MessageId, Position, ReplyTo, Start, Timestamp};
 use crate::policy::Policy;
@@ -97,7 +99,7 @@ impl Bridge {
     }
 
     /// Returns once the message has its place in the order of its topic.
-    pub async fn publish(&self, topic: &Topic, draft: Draft) -> Result<Outcome, Fault> {
+    pub async fn publish(&self, topic: &Topic, draft: Draft, publisher: Publisher) -> Result<Outcome, Fault> {
         let begun = Instant::now();
         let route = self.route(topic)?;
         let (lane, bytes) = (route.lane, draft.payload.len());
@@ -117,8 +119,12 @@ impl Bridge {
                 Ok(Outcome::Known(published(None)))
             }
             Lane::Durable => {
-                let receipt =
-                    self.durable.append(&route, topic, message).await.map_err(fault).map_err(refused)?;
+                let receipt = self
+                    .durable
+                    .append(&route, topic, message, publisher)
+                    .await
+                    .map_err(fault)
+                    .map_err(refused)?;
                 self.catalog.published(topic);
                 self.discovery.seen(topic);
                 let metrics = self.metrics.clone();
@@ -198,9 +204,16 @@ impl Bridge {
         start: Start,
     ) -> Result<(Arc<Route>, Box<dyn Member>), Fault> {
         let route = self.route(topic)?;
-        let member =
-            self.durable.join(&route, topic, &group.name, start, group.prefetch).await.map_err(fault)?;
+        let joining =
+            Joining { group: group.name.clone(), mode: group.mode, start, prefetch: group.prefetch };
+        let member = self.durable.join(&route, topic, joining).await.map_err(fault)?;
         Ok((route, member))
+    }
+
+    /// Has a group of one durable topic go on from somewhere else.
+    pub async fn seek(&self, topic: &Topic, group: &str, start: Start) -> Result<(), Fault> {
+        let route = self.route(topic)?;
+        self.durable.seek(&route, topic, group, start).await.map_err(fault)
     }
 
     /// Declares a topic.
@@ -309,9 +322,8 @@ impl Bridge {
             _ => {}
         }
         match (draft.delay, route.lane) {
-            (None, _) => Ok(()),
             (Some(_), Lane::Ephemeral) => Err(delay_on_ephemeral()),
-            (Some(_), Lane::Durable) => Err(Fault::bad_request("message.delay_ms is not in this build yet")),
+            (_, Lane::Ephemeral | Lane::Durable) => Ok(()),
         }
     }
 }

@@ -18,7 +18,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::tail::Tail;
-use crate::message::{Envelope, Message, Position, ReplyTo, Start};
+use crate::message::{Envelope, GroupMode, Message, Position, ReplyTo, Start, Timestamp};
 use crate::policy::table::Route;
 use crate::topic::{Pattern, Topic};
 
@@ -136,6 +136,37 @@ pub trait EphemeralLane: Send + Sync {
 /// What becomes of an appended message: its position once it is stored.
 pub type Receipt = BoxFuture<'static, Result<Position, LaneError>>;
 
+/// Who publishes: a connection, or whatever else keeps an order of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Publisher(pub u64);
+
+/// What a member asks for.
+#[derive(Debug, Clone)]
+pub struct Joining {
+    pub group: String,
+    pub mode: GroupMode,
+    /// Where a new group begins; an existing one goes on where it stood.
+    pub start: Start,
+    /// The most that the member holds unacknowledged.
+    pub prefetch: u32,
+}
+
+/// How a group stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupReport {
+    pub name: String,
+    /// That of its members; `None` where there are none.
+    pub mode: Option<GroupMode>,
+    /// Over all bridges, native ones included.
+    pub members: usize,
+    /// Messages (not entries) that are not acknowledged.
+    pub backlog: u64,
+    /// Of those, the ones that members hold.
+    pub unacked: u64,
+    /// When the oldest of the backlog was stored.
+    pub oldest: Option<Timestamp>,
+}
+
 /// Stored until retention removes it.
 #[async_trait]
 pub trait DurableLane: Send + Sync {
@@ -143,9 +174,15 @@ pub trait DurableLane: Send + Sync {
     /// message survives a restart of the bridge and of the broker, or with an error that says what became of it;
     /// never later than the publish timeout after the call; a message that found no place in line by then is
     /// `Unavailable`. One caller's messages on one topic are stored in the order of the calls. What was confirmed
-    /// can be read from then on. Dropping a receipt takes nothing back.
-    async fn append(&self, route: &Arc<Route>, topic: &Topic, message: Message)
-    -> Result<Receipt, LaneError>;
+    /// can be read from then on. Dropping a receipt takes nothing back. In a topic of several partitions a message
+    /// goes where its key says, and without a key where its `publisher`'s others went.
+    async fn append(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        message: Message,
+        publisher: Publisher,
+    ) -> Result<Receipt, LaneError>;
 
     /// The topic's shared tail: what is stored from now on, however many follow it. It ends only with an error that
     /// it hands to its followers.
@@ -161,17 +198,37 @@ pub trait DurableLane: Send + Sync {
         start: Start,
     ) -> Result<Box<dyn Reader>, LaneError>;
 
-    /// Joins a group of mode `shared`; `start` says where a new group begins, an existing one goes on where it stood.
-    /// Each message goes to one member, `prefetch` of them unacknowledged at most. What a member held when it was
-    /// dropped goes to another member, or waits for the next.
+    /// Joins a group. Each message goes to one member, and what a member held when it was dropped goes at once to
+    /// another, or waits for the next. A group has the mode of its members: while there are any of another mode, and
+    /// while an `exclusive` one has its member, joining is `GroupBusy` at once.
+    ///
+    /// ```text
+    /// exclusive    the one member, in the order of storage
+    /// failover     the member of longest standing, in the order of storage; when it leaves, the next within 2 s
+    /// shared       any member
+    /// key_shared   the messages of a key to one member. When members come or go a key may move; its new member gets
+    ///              none of it before what the old one held of it is acknowledged or was given back
+    /// ```
+    /// A message is not handed to `shared` and `key_shared` before its `deliver_at`; the other two get it at once.
     async fn join(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        joining: Joining,
+    ) -> Result<Box<dyn Member>, LaneError>;
+
+    /// Returns once a group goes on from `start`, with its members or without any. What they held is no longer
+    /// theirs: acknowledging it changes nothing. A group that does not exist is `BadRequest`.
+    async fn seek(
         &self,
         route: &Arc<Route>,
         topic: &Topic,
         group: &str,
         start: Start,
-        prefetch: u32,
-    ) -> Result<Box<dyn Member>, LaneError>;
+    ) -> Result<(), LaneError>;
+
+    /// Deletes a group and what it had acknowledged. `false`: there was none. One with members is `GroupBusy`.
+    async fn delete_group(&self, route: &Arc<Route>, topic: &Topic, group: &str) -> Result<bool, LaneError>;
 
     /// The topics that match and exist in storage, and whose route in force takes this lane.
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError>;
@@ -179,9 +236,8 @@ pub trait DurableLane: Send + Sync {
     /// Creates the topic in storage. `false`: it was there.
     async fn create(&self, route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError>;
 
-    /// How much of a topic its groups have not acknowledged: the largest number of any group. In Pulsar this counts
-    /// entries, and a native batch is one.
-    async fn backlog(&self, route: &Arc<Route>, topic: &Topic) -> Result<u64, LaneError>;
+    /// How the groups of a topic stand; none for a topic that does not exist.
+    async fn groups(&self, route: &Arc<Route>, topic: &Topic) -> Result<Vec<GroupReport>, LaneError>;
 
     /// As on the ephemeral lane: a round trip through storage (a message written and confirmed), timed.
     async fn probe(&self) -> Result<Duration, LaneError>;

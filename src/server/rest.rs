@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use super::app::App;
 use crate::bridge::catalog::Known;
 use crate::bridge::fault;
+use crate::lane::contract::Publisher;
 use crate::message::{Draft, Envelope, Headers, Lane, Start, Timestamp};
 use crate::policy::table::Route;
 use crate::topic::{Pattern, Topic};
@@ -105,9 +106,9 @@ async fn described(app: &App, known: Known, route: Arc<Route>) -> Value {
         "messages": known.messages, "subscribers": known.subscribers,
     });
     if route.lane == Lane::Durable {
-        let backlog = app.bridge.durable.backlog(&route, &known.topic);
-        topic["backlog"] = match tokio::time::timeout(BACKLOG_TIMEOUT, backlog).await {
-            Ok(Ok(backlog)) => backlog.into(),
+        let groups = app.bridge.durable.groups(&route, &known.topic);
+        topic["backlog"] = match tokio::time::timeout(BACKLOG_TIMEOUT, groups).await {
+            Ok(Ok(groups)) => groups.iter().map(|group| group.backlog).max().unwrap_or(0).into(),
             // The topic is there all the same; its lane cannot say now.
             _ => Value::Null,
         };
@@ -243,7 +244,7 @@ async fn publish(
 ) -> Result<Response, Fault> {
     let topic = topic(&name)?;
     let draft = draft(&app, &headers, body)?;
-    let published = app.bridge.publish(&topic, draft).await?.known().await?;
+    let published = app.bridge.publish(&topic, draft, Publisher::default()).await?.known().await?;
     let ack = wire::verbs::Ack {
         topic: Some(topic.into()),
         lane: Some(published.lane),

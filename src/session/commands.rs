@@ -10,8 +10,8 @@ use super::feeds::{discover, follow, take_part};
 use super::outbox::Item;
 use super::reader::Reader;
 use super::subscription::{Subscription, plan};
-use crate::bridge::{Outcome, Published};
-use crate::lane::contract::Member;
+use crate::bridge::{Bridge, Outcome, Published};
+use crate::lane::contract::{Member, Publisher};
 use crate::lane::follow::Follow;
 use crate::message::{Draft, Envelope, Lane, Position, Start, Timestamp};
 use crate::policy::table::Route;
@@ -65,14 +65,30 @@ impl Reader {
                 self.settle(request_id, deliveries, Settlement::Nack(delay));
                 Ok(())
             }
-            Command::Seek { pattern, group } => {
+            Command::Seek { pattern, group, start } => {
                 if !self.session.bridge.policy.table().reaches(&pattern, Lane::Durable) {
                     self.session.bridge.may_subscribe(&pattern)?;
                     let message =
                         format!("`{pattern}` is ephemeral: group `{group}` has no place to seek in");
                     return Err(Fault::new(Code::LaneMismatch, message));
                 }
-                Err(Fault::bad_request("seek is not in this build yet"))
+                let bridge = self.session.bridge.clone();
+                self.pending.push(Box::pin(async move {
+                    Some(match seek(&bridge, &pattern, &group, &start).await {
+                        Ok(()) => {
+                            let ack = Ack {
+                                request_id,
+                                topic: Some(pattern),
+                                group: Some(group),
+                                ts: Timestamp::now(),
+                                ..Ack::default()
+                            };
+                            Item::from(Event::Ack(ack.into()))
+                        }
+                        Err(fault) => Event::Error { request_id, fault }.into(),
+                    })
+                }));
+                Ok(())
             }
             Command::Ping => {
                 self.session.outbox.push(Event::Pong { request_id });
@@ -90,7 +106,7 @@ impl Reader {
     ) -> Result<(), Fault> {
         self.fits(&draft)?;
         let bridge = self.session.bridge.clone();
-        let outcome = self.while_answering(bridge.publish(&topic, draft)).await?;
+        let outcome = self.while_answering(bridge.publish(&topic, draft, Publisher(self.session.id))).await?;
         let failed = request_id.clone();
         let answer = move |published: Published| {
             confirm.then(|| {
@@ -191,7 +207,7 @@ impl Reader {
             ts,
             position: opened.position(&subscription, &start, ts),
             group: subscription.group.as_ref().map(|group| group.name.clone()),
-            mode: is_durable_group.then_some("shared"),
+            mode: subscription.group.as_ref().filter(|_| is_durable_group).map(|group| group.mode.as_str()),
             prefetch: subscription.group.as_ref().filter(|_| is_durable_group).map(|group| group.prefetch),
             last_n,
             ..Ack::default()
@@ -361,6 +377,18 @@ async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, F
         }
     }
     Ok(opened)
+}
+
+/// Moves a group on each topic that the pattern has now.
+async fn seek(bridge: &Bridge, pattern: &Pattern, group: &str, start: &Start) -> Result<(), Fault> {
+    let topics = match pattern.topic() {
+        Some(topic) => vec![topic],
+        None => bridge.durable.topics(pattern).await.map_err(crate::bridge::fault)?,
+    };
+    for topic in topics {
+        bridge.seek(&topic, group, start.for_topic(&topic)).await?;
+    }
+    Ok(())
 }
 
 fn join(

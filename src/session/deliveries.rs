@@ -36,7 +36,8 @@ struct Held {
 #[derive(Debug, Clone, Copy)]
 pub enum Settlement {
     Ack,
-    Nack(Duration),
+    /// Without a delay of its own the message waits as long as its route says.
+    Nack(Option<Duration>),
 }
 
 impl Deliveries {
@@ -71,7 +72,7 @@ impl Deliveries {
             let member = membership.member;
             let settled = match settlement {
                 Settlement::Ack => member.ack(tags).await,
-                Settlement::Nack(delay) => member.nack(tags, delay).await,
+                Settlement::Nack(delay) => member.nack(tags, delay.unwrap_or_default()).await,
             };
             if let Err(error) = settled {
                 self.0.lock().unwrap_or_else(PoisonError::into_inner).held.extend(same);

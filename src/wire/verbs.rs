@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::code::Fault;
-use crate::message::{Draft, Envelope, Lane, Message, MessageId, Position, Start, Timestamp};
+use crate::message::{Draft, Envelope, GroupMode, Lane, Message, MessageId, Position, Start, Timestamp};
 use crate::topic::{Pattern, Topic};
 
 /// One frame from a client: what it wants, and the name under which it waits for the answer.
@@ -25,8 +25,8 @@ pub enum Command {
     Request { topic: Topic, draft: Draft, timeout: Duration },
     Reply { reply_to: Arc<str>, draft: Draft },
     Ack { deliveries: Vec<u64> },
-    Nack { deliveries: Vec<u64>, delay: Duration },
-    Seek { pattern: Pattern, group: String },
+    Nack { deliveries: Vec<u64>, delay: Option<Duration> },
+    Seek { pattern: Pattern, group: String, start: Start },
     Ping,
 }
 
@@ -38,11 +38,12 @@ pub struct Subscribe {
     pub group: Option<Group>,
 }
 
-/// A consumer group, as a subscriber asks for it. Its mode is `shared`; on an ephemeral topic it is a queue group,
-/// and `prefetch` and `auto_ack` do not apply.
+/// A consumer group, as a subscriber asks for it. On an ephemeral topic it is a queue group, and only its name
+/// applies.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Group {
     pub name: String,
+    pub mode: GroupMode,
     pub prefetch: u32,
     /// Acknowledged once written to the socket.
     pub auto_ack: bool,

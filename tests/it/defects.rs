@@ -13,7 +13,8 @@ use tokio::sync::watch;
 use twinspan::client::{Client, ClientError};
 use twinspan::lane::bus::Bus;
 use twinspan::lane::contract::{
-    DurableLane, Ear, EphemeralLane, LaneError, LaneState, Listening, Member, Reader, Receipt,
+    DurableLane, Ear, EphemeralLane, GroupReport, Joining, LaneError, LaneState, Listening, Member,
+    Publisher, Reader, Receipt,
 };
 use twinspan::lane::tail::Tail;
 use twinspan::message::{Envelope, Message, ReplyTo, Start, Timestamp};
@@ -91,7 +92,13 @@ impl Failing {
 
 #[async_trait]
 impl DurableLane for Failing {
-    async fn append(&self, _: &Arc<Route>, topic: &Topic, _: Message) -> Result<Receipt, LaneError> {
+    async fn append(
+        &self,
+        _: &Arc<Route>,
+        topic: &Topic,
+        _: Message,
+        _: Publisher,
+    ) -> Result<Receipt, LaneError> {
         let topic = topic.clone();
         let later = match topic.as_str() {
             "orders.unknown" => LaneError::OutcomeUnknown("the connection broke".into()),
@@ -120,15 +127,16 @@ impl DurableLane for Failing {
         }
     }
 
-    async fn join(
-        &self,
-        _: &Arc<Route>,
-        _: &Topic,
-        _: &str,
-        _: Start,
-        _: u32,
-    ) -> Result<Box<dyn Member>, LaneError> {
+    async fn join(&self, _: &Arc<Route>, _: &Topic, _: Joining) -> Result<Box<dyn Member>, LaneError> {
         Err(LaneError::GroupBusy("the group has another mode".into()))
+    }
+
+    async fn seek(&self, _: &Arc<Route>, _: &Topic, _: &str, _: Start) -> Result<(), LaneError> {
+        Err(Self::unavailable())
+    }
+
+    async fn delete_group(&self, _: &Arc<Route>, _: &Topic, _: &str) -> Result<bool, LaneError> {
+        Err(Self::unavailable())
     }
 
     async fn topics(&self, _: &Pattern) -> Result<Vec<Topic>, LaneError> {
@@ -139,7 +147,7 @@ impl DurableLane for Failing {
         Err(Self::unavailable())
     }
 
-    async fn backlog(&self, _: &Arc<Route>, _: &Topic) -> Result<u64, LaneError> {
+    async fn groups(&self, _: &Arc<Route>, _: &Topic) -> Result<Vec<GroupReport>, LaneError> {
         Err(Self::unavailable())
     }
 
@@ -296,7 +304,8 @@ async fn an_event_that_is_larger_than_a_frame_may_be_is_named_and_the_next_one_c
         client.subscribe(topic, nothing()).await.unwrap();
         // As a broker's own client would: not held to what a connection of ours may publish.
         let publish = async |payload: String| {
-            let outcome = span.app().bridge.publish(&Topic::parse(topic).unwrap(), draft(payload)).await;
+            let outcome =
+                span.app().bridge.publish(&Topic::parse(topic).unwrap(), draft(payload), Publisher(1)).await;
             outcome.unwrap().known().await.unwrap()
         };
         publish(json!("x".repeat(64 * 1024)).to_string()).await;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
-use twinspan::lane::contract::{DurableLane, Handed, LaneError, LaneState, Member};
-use twinspan::message::{Draft, Envelope, Lane, Message, MessageId, Position, Start, Timestamp};
+use twinspan::lane::contract::{DurableLane, Handed, Joining, LaneError, LaneState, Member, Publisher};
+use twinspan::message::{Draft, Envelope, GroupMode, Lane, Message, MessageId, Position, Start, Timestamp};
 use twinspan::policy::table::{Declare, Overflow, Retention, Route, Template};
 use twinspan::topic::{Pattern, Topic};
 
@@ -42,7 +42,9 @@ impl Ground {
     async fn store(&self, topic: &Topic, payloads: impl IntoIterator<Item = usize>) -> Vec<Position> {
         let mut receipts = Vec::new();
         for payload in payloads {
-            receipts.push(self.lane.append(&self.route, topic, numbered(payload)).await.unwrap());
+            receipts.push(
+                self.lane.append(&self.route, topic, numbered(payload), Publisher::default()).await.unwrap(),
+            );
         }
         let mut positions = Vec::new();
         for receipt in receipts {
@@ -56,7 +58,7 @@ impl Ground {
     }
 
     async fn join(&self, topic: &Topic, start: Start, prefetch: u32) -> Box<dyn Member> {
-        self.lane.join(&self.route, topic, "billing", start, prefetch).await.unwrap()
+        self.lane.join(&self.route, topic, shared("billing", start, prefetch)).await.unwrap()
     }
 }
 
@@ -91,6 +93,16 @@ pub fn numbers<'a>(envelopes: impl IntoIterator<Item = &'a Arc<Envelope>>) -> Ve
 
 pub async fn soon<T>(what: impl Future<Output = T>) -> T {
     timeout(SOON, what).await.expect("it should have come by now")
+}
+
+/// The largest backlog of any group of a topic.
+pub async fn backlog(lane: &dyn DurableLane, route: &Arc<Route>, topic: &Topic) -> u64 {
+    let groups = lane.groups(route, topic).await.unwrap();
+    groups.iter().map(|group| group.backlog).max().unwrap_or(0)
+}
+
+pub fn shared(group: &str, start: Start, prefetch: u32) -> Joining {
+    Joining { group: group.into(), mode: GroupMode::Shared, start, prefetch }
 }
 
 /// Everything that a reader has, up to its end.
@@ -160,7 +172,8 @@ pub async fn what_is_appended_is_read_back_as_it_was(ground: Ground) {
     .accept();
     let bare = Draft::default().accept();
     for message in [&whole, &bare] {
-        let receipt = ground.lane.append(&ground.route, &topic, message.clone()).await.unwrap();
+        let receipt =
+            ground.lane.append(&ground.route, &topic, message.clone(), Publisher::default()).await.unwrap();
         soon(receipt).await.unwrap();
     }
     let read = ground.read(&topic, Start::Earliest).await;
@@ -176,7 +189,7 @@ pub async fn one_callers_messages_are_stored_in_the_order_of_the_calls(ground: G
 
 pub async fn a_receipt_that_is_dropped_takes_nothing_back(ground: Ground) {
     let topic = ground.topic();
-    drop(ground.lane.append(&ground.route, &topic, numbered(0)).await.unwrap());
+    drop(ground.lane.append(&ground.route, &topic, numbered(0), Publisher::default()).await.unwrap());
     ground.store(&topic, 1..2).await;
     assert_eq!(numbers(&ground.read(&topic, Start::Earliest).await), [0, 1]);
 }
@@ -296,7 +309,11 @@ pub async fn a_reader_and_the_tail_together_have_no_gap_and_no_duplicate(ground:
         publishers.spawn(async move {
             for n in 0..EACH {
                 let message = numbered(publisher * EACH + n);
-                lane.append(&route, &topic, message).await.unwrap().await.unwrap();
+                lane.append(&route, &topic, message, Publisher(publisher as u64))
+                    .await
+                    .unwrap()
+                    .await
+                    .unwrap();
             }
         });
     }
@@ -350,13 +367,15 @@ pub async fn closing_confirms_what_is_under_way(mut ground: Ground) {
     let topic = ground.topic();
     let mut receipts = Vec::new();
     for n in 0..200 {
-        receipts.push(ground.lane.append(&ground.route, &topic, numbered(n)).await.unwrap());
+        receipts.push(
+            ground.lane.append(&ground.route, &topic, numbered(n), Publisher::default()).await.unwrap(),
+        );
     }
     timeout(Duration::from_secs(5), ground.lane.close()).await.expect("closing ends within five seconds");
     for receipt in receipts {
         soon(receipt).await.unwrap();
     }
-    let late = match ground.lane.append(&ground.route, &topic, numbered(200)).await {
+    let late = match ground.lane.append(&ground.route, &topic, numbered(200), Publisher::default()).await {
         Ok(receipt) => soon(receipt).await.err(),
         Err(error) => Some(error),
     };
@@ -461,14 +480,14 @@ pub async fn what_is_acknowledged_never_comes_again_and_the_rest_does(mut ground
 pub async fn where_a_group_begins_only_matters_for_a_new_one(ground: Ground) {
     let topic = ground.topic();
     let positions = ground.store(&topic, 0..4).await;
-    let late = ground.lane.join(&ground.route, &topic, "late", Start::Latest, 9).await.unwrap();
+    let late = ground.lane.join(&ground.route, &topic, shared("late", Start::Latest, 9)).await.unwrap();
     let after = Start::After(positions[2].clone());
-    let after = ground.lane.join(&ground.route, &topic, "after", after, 9).await.unwrap();
+    let after = ground.lane.join(&ground.route, &topic, shared("after", after, 9)).await.unwrap();
     ground.store(&topic, 4..5).await;
     assert_eq!(sorted(&take(&*late, 1).await), [4]);
     assert_eq!(sorted(&take(&*after, 2).await), [3, 4]);
     drop(late);
-    let late = ground.lane.join(&ground.route, &topic, "late", Start::Earliest, 9).await.unwrap();
+    let late = ground.lane.join(&ground.route, &topic, shared("late", Start::Earliest, 9)).await.unwrap();
     assert_eq!(sorted(&take(&*late, 1).await), [4], "it stood there, unacknowledged");
     assert_quiet(&*late).await;
 }
@@ -501,7 +520,7 @@ pub async fn a_dropped_call_of_a_member_loses_nothing(ground: Ground) {
 
 pub async fn the_backlog_is_what_a_group_has_not_acknowledged(ground: Ground) {
     let topic = ground.topic();
-    let backlog = || async { ground.lane.backlog(&ground.route, &topic).await.unwrap() };
+    let backlog = || async { backlog(&*ground.lane, &ground.route, &topic).await };
     let until = |wanted: fn(u64) -> bool| async move {
         let deadline = Instant::now() + SOON;
         while !wanted(backlog().await) {

@@ -9,7 +9,7 @@ use pulsar::{ProducerOptions, Pulsar, TokioExecutor, producer};
 use reqwest::{Client, Method, StatusCode};
 use serde_json::Value;
 use tokio::time::{Instant, timeout};
-use twinspan::lane::contract::{DurableLane, Handed, LaneState, Member, Tag};
+use twinspan::lane::contract::{DurableLane, Handed, LaneState, Member, Publisher, Tag};
 use twinspan::lane::pulsar::PulsarLane;
 use twinspan::lane::settings::{DurableBackend, DurableSettings};
 use twinspan::message::{Envelope, MessageId, Position};
@@ -19,7 +19,7 @@ use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::Topic;
 
 use crate::brokers::{Broker, left_out, shared_pulsar};
-use crate::durable_contract::{Ground, SOON, number, numbered, promises, soon};
+use crate::durable_contract::{Ground, SOON, number, numbered, promises, shared, soon};
 
 mod groups;
 mod natives;
@@ -101,12 +101,13 @@ impl Bed {
     }
 
     async fn publish(&self, n: usize) -> Position {
-        let receipt = self.lane.append(&self.route, &self.topic, numbered(n)).await.unwrap();
+        let receipt =
+            self.lane.append(&self.route, &self.topic, numbered(n), Publisher::default()).await.unwrap();
         receipt.await.unwrap()
     }
 
     async fn join(&self, start: twinspan::message::Start) -> Box<dyn Member> {
-        self.lane.join(&self.route, &self.topic, "billing", start, 100).await.unwrap()
+        self.lane.join(&self.route, &self.topic, shared("billing", start, 100)).await.unwrap()
     }
 
     /// Stores these numbers as one batch, as a native client does.

@@ -29,9 +29,11 @@ use self::reader::{LogReader, begin};
 use self::store::{Store, open_file};
 use self::topics::{Topics, lock};
 use self::writer::Writer;
-use super::contract::{DurableLane, LaneError, LaneState, Member, Reader, Receipt};
+use super::contract::{
+    DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
+};
 use super::tail::Tail;
-use crate::message::{Lane, Message, Start};
+use crate::message::{GroupMode, Lane, Message, Start};
 use crate::policy::Policy;
 use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
@@ -127,6 +129,7 @@ impl DurableLane for Journal {
         route: &Arc<Route>,
         topic: &Topic,
         message: Message,
+        _publisher: Publisher,
     ) -> Result<Receipt, LaneError> {
         let (limit, retention) = (self.log.timeout, route.retention);
         let deadline = tokio::time::Instant::now() + limit;
@@ -168,22 +171,32 @@ impl DurableLane for Journal {
         &self,
         route: &Arc<Route>,
         topic: &Topic,
-        group: &str,
-        start: Start,
-        prefetch: u32,
+        joining: Joining,
     ) -> Result<Box<dyn Member>, LaneError> {
+        let Joining { group, mode, start, prefetch } = joining;
+        if mode != GroupMode::Shared {
+            return Err(LaneError::BadRequest(format!("mode {} is not in this build yet", mode.as_str())));
+        }
         let topic = self.log.topics.get(topic);
-        let known = lock(&topic.groups).get(group).cloned();
+        let known = lock(&topic.groups).get(&group).cloned();
         let group = match known {
             Some(group) => group,
             None => {
                 let (floor, _) = begin(&self.log, &topic, start).await?;
-                let (log, group) = (topic.clone(), group.to_owned());
+                let log = topic.clone();
                 self.ask(|done| Command::Begin { log, group, floor, done }, &topic.topic).await?
             }
         };
         let (log, line) = (self.log.clone(), self.line.clone());
         Ok(Box::new(LogMember::join(log, line, group, route.name.clone(), prefetch)))
+    }
+
+    async fn seek(&self, _: &Arc<Route>, _: &Topic, _: &str, _: Start) -> Result<(), LaneError> {
+        Err(LaneError::BadRequest("seek is not in this build yet".into()))
+    }
+
+    async fn delete_group(&self, _: &Arc<Route>, _: &Topic, _: &str) -> Result<bool, LaneError> {
+        Err(LaneError::BadRequest("deleting a group is not in this build yet".into()))
     }
 
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
@@ -201,10 +214,20 @@ impl DurableLane for Journal {
         self.ask(|done| Command::Create { log, done }, topic).await
     }
 
-    async fn backlog(&self, _route: &Arc<Route>, topic: &Topic) -> Result<u64, LaneError> {
+    async fn groups(&self, _route: &Arc<Route>, topic: &Topic) -> Result<Vec<GroupReport>, LaneError> {
         let topic = self.log.topics.get(topic);
         let groups = lock(&topic.groups);
-        Ok(groups.values().map(|group| group.backlog()).max().unwrap_or(0))
+        Ok(groups
+            .values()
+            .map(|group| GroupReport {
+                name: group.name.clone(),
+                mode: None,
+                members: 0,
+                backlog: group.backlog(),
+                unacked: 0,
+                oldest: None,
+            })
+            .collect())
     }
 
     async fn probe(&self) -> Result<Duration, LaneError> {

@@ -92,7 +92,15 @@ pub fn decode(body: &[u8]) -> Result<Message, Damaged> {
     for _ in 0..rest.length()? {
         headers.insert(rest.text()?, rest.text()?);
     }
-    Ok(Message { id, ts, payload: Bytes::copy_from_slice(rest.0), key, headers, event_time })
+    Ok(Message {
+        id,
+        ts,
+        payload: Bytes::copy_from_slice(rest.0),
+        key,
+        headers,
+        event_time,
+        deliver_at: None,
+    })
 }
 
 fn put_length(body: &mut Vec<u8>, mut length: usize) {
@@ -174,6 +182,7 @@ mod tests {
                 key,
                 headers,
                 event_time: event_time.map(Timestamp::from_millis),
+                deliver_at: None,
             }
         })
     }

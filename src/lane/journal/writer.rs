@@ -355,6 +355,8 @@ impl Answer {
     }
 }
 
+/// There is one of these at a time, on the stack.
+#[allow(clippy::large_enum_variant)]
 enum Event {
     Commands(Option<Command>),
     Suspect,

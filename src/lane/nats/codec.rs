@@ -93,6 +93,7 @@ pub fn decode(incoming: async_nats::Message) -> Incoming {
         key: field(KEY).map(str::to_owned),
         headers: publishers(&headers),
         event_time: field(EVENT_TIME).and_then(|time| time.parse().ok()),
+        deliver_at: None,
     };
     let timeout = field(TIMEOUT).and_then(|millis| millis.parse().ok()).map(Duration::from_millis);
     Incoming { message, timeout }

@@ -18,10 +18,12 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::contract::{DurableLane, LaneError, LaneState, Member, Reader, Receipt};
+use super::contract::{
+    DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
+};
 use super::settings::DurableSettings;
 use super::tail::Tail;
-use crate::message::{Lane, Message, Position, Start};
+use crate::message::{GroupMode, Lane, Message, Position, Start};
 use crate::policy::Policy;
 use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
@@ -68,9 +70,8 @@ pub struct PulsarLane {
     canary: Arc<Canary>,
     tails: Tails,
     publish_timeout: Duration,
-    /// Where messages without a key go, of a topic that has partitions: one place for all of them while this bridge
-    /// runs, so that each publisher's stay in order, and another one on another bridge.
-    keyless: u32,
+    /// Publishers are numbered from 1 on every bridge; this makes their messages without a key go elsewhere on each.
+    keyless: u64,
     state: watch::Receiver<LaneState>,
     stop: CancellationToken,
     _end: DropGuard,
@@ -126,7 +127,7 @@ impl PulsarLane {
             canary,
             tails: Tails::default(),
             publish_timeout: settings.publish_timeout,
-            keyless: fastrand::u32(..),
+            keyless: fastrand::u64(..),
             state,
             _end: stop.clone().drop_guard(),
             stop,
@@ -151,6 +152,7 @@ impl DurableLane for PulsarLane {
         route: &Arc<Route>,
         topic: &Topic,
         message: Message,
+        publisher: Publisher,
     ) -> Result<Receipt, LaneError> {
         self.up()?;
         let physical = Physical::of(route, topic)?;
@@ -161,7 +163,7 @@ impl DurableLane for PulsarLane {
         }
         let partition = match &message.key {
             Some(key) => names::partition_of(key, partitions),
-            None => self.keyless % partitions,
+            None => (publisher.0.wrapping_add(self.keyless) % u64::from(partitions)) as u32,
         };
         let ts = message.ts;
         let stored = self.producers.append(&physical.partition(partition), message).await?;
@@ -189,13 +191,23 @@ impl DurableLane for PulsarLane {
         &self,
         route: &Arc<Route>,
         topic: &Topic,
-        group: &str,
-        start: Start,
-        prefetch: u32,
+        joining: Joining,
     ) -> Result<Box<dyn Member>, LaneError> {
+        let Joining { group, mode, start, prefetch } = joining;
+        if mode != GroupMode::Shared {
+            return Err(LaneError::BadRequest(format!("mode {} is not in this build yet", mode.as_str())));
+        }
         let source = self.source(route, topic).await?;
-        let member = group::join(source, &self.admin, group, start, prefetch, self.publish_timeout).await?;
+        let member = group::join(source, &self.admin, &group, start, prefetch, self.publish_timeout).await?;
         Ok(Box::new(member))
+    }
+
+    async fn seek(&self, _: &Arc<Route>, _: &Topic, _: &str, _: Start) -> Result<(), LaneError> {
+        Err(LaneError::BadRequest("seek is not in this build yet".into()))
+    }
+
+    async fn delete_group(&self, _: &Arc<Route>, _: &Topic, _: &str) -> Result<bool, LaneError> {
+        Err(LaneError::BadRequest("deleting a group is not in this build yet".into()))
     }
 
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
@@ -239,7 +251,7 @@ impl DurableLane for PulsarLane {
         self.admin.create(&physical).await
     }
 
-    async fn backlog(&self, route: &Arc<Route>, topic: &Topic) -> Result<u64, LaneError> {
+    async fn groups(&self, route: &Arc<Route>, topic: &Topic) -> Result<Vec<GroupReport>, LaneError> {
         let source = self.source(route, topic).await?;
         let mut groups: BTreeMap<String, u64> = BTreeMap::new();
         for (_, physical) in source.parts() {
@@ -247,7 +259,17 @@ impl DurableLane for PulsarLane {
                 *groups.entry(group).or_default() += entries;
             }
         }
-        Ok(groups.into_values().max().unwrap_or_default())
+        Ok(groups
+            .into_iter()
+            .map(|(name, backlog)| GroupReport {
+                name,
+                mode: None,
+                members: 0,
+                backlog,
+                unacked: 0,
+                oldest: None,
+            })
+            .collect())
     }
 
     async fn probe(&self) -> Result<Duration, LaneError> {

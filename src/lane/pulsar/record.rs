@@ -228,7 +228,7 @@ impl Single {
         };
         let event_time = self.event_time.filter(|time| *time > 0);
         let event_time = event_time.and_then(|time| i64::try_from(time).ok()).map(Timestamp::from_millis);
-        Message { id: Some(id), ts, payload: self.payload, key, headers, event_time }
+        Message { id: Some(id), ts, payload: self.payload, key, headers, event_time, deliver_at: None }
     }
 }
 

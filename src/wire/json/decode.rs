@@ -15,7 +15,7 @@ use serde::de::{DeserializeOwned, Deserializer};
 use serde_json::value::RawValue;
 
 use super::nesting::{DEPTH_MAX, depth};
-use crate::message::{Draft, Headers, Position, Start, Timestamp};
+use crate::message::{Draft, GroupMode, Headers, Position, Start, Timestamp};
 use crate::topic::{Pattern, Topic, TopicError};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{
@@ -142,7 +142,7 @@ fn command(frame: &Frame<'_>) -> Result<Command, Fault> {
         }
         "ack" => Ok(Command::Ack { deliveries: deliveries(frame)? }),
         "nack" => {
-            let delay = millis("delay_ms", frame.delay_ms, DELAY_MAX)?.unwrap_or_default();
+            let delay = millis("delay_ms", frame.delay_ms, DELAY_MAX)?;
             Ok(Command::Nack { deliveries: deliveries(frame)?, delay })
         }
         "seek" => {
@@ -150,8 +150,9 @@ fn command(frame: &Frame<'_>) -> Result<Command, Fault> {
             if frame.from.is_none() {
                 return Err(missing("from"));
             }
-            start(frame)?;
-            Ok(Command::Seek { pattern: pattern(frame)?, group })
+            let (pattern, start) = (pattern(frame)?, start(frame)?);
+            belongs(&start, &pattern)?;
+            Ok(Command::Seek { pattern, group, start })
         }
         "auth" => Err(Fault::bad_request(
             "auth: no authentication is configured here, so there is no token to replace",
@@ -169,23 +170,15 @@ fn subscribe(frame: &Frame<'_>) -> Result<Subscribe, Fault> {
     }
     let pattern = pattern(frame)?;
     let start = start(frame)?;
-    if matches!(start, Start::After(_)) && pattern.topic().is_none() {
-        return Err(Fault::bad_request(
-            r#"from.position belongs to one topic; resume a pattern with {"positions":{TOPIC:"…"},"time":…}"#,
-        ));
-    }
+    belongs(&start, &pattern)?;
     let mode: Option<String> = optional("mode", frame.mode, "a string")?;
-    match mode.as_deref() {
-        None | Some("shared") => {}
-        Some(mode @ ("exclusive" | "failover" | "key_shared")) => {
-            return Err(not_in_this_build(&format!("mode {mode:?}")));
-        }
-        Some(other) => {
-            return Err(Fault::bad_request(format!(
-                "mode {other:?} is none of exclusive, shared, failover, key_shared"
-            )));
-        }
-    }
+    let mode = match mode {
+        None => GroupMode::default(),
+        Some(mode) => GroupMode::parse(&mode).ok_or_else(|| {
+            let known = GroupMode::ALL.map(GroupMode::as_str).join(", ");
+            Fault::bad_request(format!("mode {mode:?} is none of {known}"))
+        })?,
+    };
     let prefetch: Option<u32> = optional("prefetch", frame.prefetch, "a whole number")?;
     if prefetch.is_some_and(|n| n == 0 || n > PREFETCH_MAX) {
         return Err(Fault::bad_request(format!("prefetch must be 1 to {PREFETCH_MAX}")));
@@ -198,15 +191,28 @@ fn subscribe(frame: &Frame<'_>) -> Result<Subscribe, Fault> {
     };
     let group = name("group", frame.group)?.map(|name| Group {
         name,
+        mode,
         prefetch: prefetch.unwrap_or(PREFETCH_DEFAULT),
         auto_ack,
     });
+    if mode == GroupMode::Exclusive && group.is_some() && pattern.topic().is_none() {
+        return Err(Fault::bad_request("mode exclusive is for one topic; on a pattern take failover"));
+    }
     if group.is_some() && frame.last_n.is_some() {
         return Err(Fault::bad_request(
             "last_n does not go with group: `from` says where a new group starts",
         ));
     }
     Ok(Subscribe { pattern, start, client_id: name("client_id", frame.client_id)?, group })
+}
+
+fn belongs(start: &Start, pattern: &Pattern) -> Result<(), Fault> {
+    match start {
+        Start::After(_) if pattern.topic().is_none() => Err(Fault::bad_request(
+            r#"from.position belongs to one topic; resume a pattern with {"positions":{TOPIC:"…"},"time":…}"#,
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn start(frame: &Frame<'_>) -> Result<Start, Fault> {
@@ -463,8 +469,8 @@ mod tests {
             (r#"{"type":"subscribe","topic":"a","from":{"time":"noon"}}"#, "RFC 3339"),
             (r#"{"type":"subscribe","topic":"a","filter":"x"}"#, "filter is not in this build"),
             (
-                r#"{"type":"subscribe","topic":"a","group":"g","mode":"failover"}"#,
-                "\"failover\" is not in this build",
+                r#"{"type":"subscribe","topic":"a.*","group":"g","mode":"exclusive"}"#,
+                "exclusive is for one topic",
             ),
             (r#"{"type":"subscribe","topic":"a","group":"g","mode":"odd"}"#, "is none of"),
             (r#"{"type":"subscribe","topic":"a","group":"g h"}"#, "group must be"),

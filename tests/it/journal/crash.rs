@@ -16,7 +16,7 @@ async fn publish_until_killed(dir: &Path) {
     let (route, topic) = (for_ever(), topic("load"));
     let next = read(&*lane, &route, &topic, Start::Last(1)).await.last().map_or(0, |last| number(last) + 1);
     let (confirmed, mut lines) = tokio::sync::mpsc::channel::<(usize, _)>(1000);
-    let member = lane.join(&route, &topic, "g", Start::Earliest, 500).await.unwrap();
+    let member = lane.join(&route, &topic, shared("g", Start::Earliest, 500)).await.unwrap();
     tokio::spawn(async move {
         loop {
             let handed: Vec<_> = member.next().await.unwrap().into_iter().map(Result::unwrap).collect();
@@ -28,7 +28,7 @@ async fn publish_until_killed(dir: &Path) {
     tokio::spawn(async move {
         for n in next.. {
             let message = of_size(n, fastrand::usize(1..3000), Timestamp::now().as_millis());
-            let receipt = lane.append(&route, &topic, message).await.unwrap();
+            let receipt = lane.append(&route, &topic, message, Publisher::default()).await.unwrap();
             confirmed.send((n, receipt)).await.unwrap();
         }
     });
@@ -93,7 +93,7 @@ async fn a_log_that_is_killed_under_load_keeps_all_it_has_confirmed() {
         }
         // Of the group, what was acknowledged never comes again. It acknowledges all it takes, in order.
         if let Some(acked) = acked {
-            let backlog = lane.backlog(&route, &topic).await.unwrap();
+            let backlog = backlog(&*lane, &route, &topic).await;
             assert!(backlog < (all.len() - acked) as u64, "round {round}: {acked} acked, backlog {backlog}");
         }
         lane.close().await;
@@ -127,7 +127,9 @@ async fn a_power_cut_takes_nothing_that_was_confirmed() {
         for n in 0.. {
             let message = of_size(n, fastrand::usize(1..1000), 5);
             tokio::time::sleep(Duration::from_millis(1)).await;
-            line.send(publisher.append(&for_ever(), &on, message).await.unwrap()).await.unwrap();
+            line.send(publisher.append(&for_ever(), &on, message, Publisher::default()).await.unwrap())
+                .await
+                .unwrap();
             if counting.is_finished() {
                 break;
             }

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use super::disk::Disk;
 use super::*;
-use twinspan::lane::contract::LaneState;
+use twinspan::lane::contract::{LaneState, Publisher};
 
 fn open_on(disk: &Arc<Disk>, dir: &Path, timeout: Duration) -> Arc<Journal> {
     let policy = policy(Retention::default());
@@ -19,7 +19,7 @@ fn file_len(dir: &Path) -> u64 {
 async fn fill(lane: &Journal, route: &Arc<Route>, topic: &Topic, from: usize) -> (usize, LaneError) {
     for n in from.. {
         let message = of_size(n, 50_000, Timestamp::now().as_millis());
-        let receipt = lane.append(route, topic, message).await.unwrap();
+        let receipt = lane.append(route, topic, message, Publisher::default()).await.unwrap();
         if let Err(error) = soon(receipt).await {
             return (n, error);
         }
@@ -107,7 +107,7 @@ async fn a_group_goes_on_behind_a_full_disk() {
     let disk = Arc::new(Disk::default());
     let lane = open_on(&disk, dir.path(), SOON);
     let (route, topic) = (for_ever(), topic("a"));
-    let member = lane.join(&route, &topic, "g", Start::Earliest, 1000).await.unwrap();
+    let member = lane.join(&route, &topic, shared("g", Start::Earliest, 1000)).await.unwrap();
     disk.has_room_for(file_len(dir.path()));
     let (stored, _) = fill(&lane, &route, &topic, 0).await;
     let mut handed = Vec::new();
@@ -119,7 +119,7 @@ async fn a_group_goes_on_behind_a_full_disk() {
     assert!(matches!(refused, Some(LaneError::StorageFull(_))), "{refused:?}");
     disk.has_room_for(u64::MAX);
     until("the acknowledgement", async || member.ack(tags.clone()).await.is_ok()).await;
-    assert_eq!(lane.backlog(&route, &topic).await.unwrap(), 0);
+    assert_eq!(backlog(&*lane, &route, &topic).await, 0);
 }
 
 /// A commit has two fsyncs: the first for all it wrote, the second for the head that names it.
@@ -209,7 +209,7 @@ async fn a_message_that_meets_a_damaged_page_fails_alone() {
     disk.is_stuck(true);
     let mut receipts = Vec::new();
     for n in 10_001..10_021 {
-        receipts.push((n, lane.append(&route, &topic, numbered(n)).await.unwrap()));
+        receipts.push((n, lane.append(&route, &topic, numbered(n), Publisher::default()).await.unwrap()));
     }
     disk.is_stuck(false);
     for (n, receipt) in receipts {
@@ -245,7 +245,7 @@ async fn a_disk_that_hangs_leaves_the_outcome_unknown_in_time() {
     // The line fills, and then says so instead of keeping the publisher.
     let mut refused = None;
     for n in 2..10_000 {
-        match lane.append(&route, &topic, numbered(n)).await {
+        match lane.append(&route, &topic, numbered(n), Publisher::default()).await {
             Ok(receipt) => drop(receipt),
             Err(error) => {
                 refused = Some(error);

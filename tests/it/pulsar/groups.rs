@@ -56,7 +56,7 @@ async fn a_rejected_message_can_go_to_another_member() {
         return;
     }
     let bed = Bed::shared().await;
-    let first = bed.lane.join(&bed.route, &bed.topic, "billing", Start::Earliest, 1).await.unwrap();
+    let first = bed.lane.join(&bed.route, &bed.topic, shared("billing", Start::Earliest, 1)).await.unwrap();
     bed.publish(0).await;
     let held = take(&*first, 1).await;
     let other = bed.join(Start::Earliest).await;
@@ -88,7 +88,7 @@ async fn a_batch_larger_than_the_prefetch_is_handed_out_by_the_prefetch() {
     }
     let bed = Bed::shared().await;
     bed.batch(0..20).await;
-    let member = bed.lane.join(&bed.route, &bed.topic, "billing", Start::Earliest, 3).await.unwrap();
+    let member = bed.lane.join(&bed.route, &bed.topic, shared("billing", Start::Earliest, 3)).await.unwrap();
     let mut seen = Vec::new();
     while seen.len() < 20 {
         let held = take(&*member, 3.min(20 - seen.len())).await;
@@ -116,8 +116,12 @@ async fn a_group_of_another_kind_is_refused_as_busy() {
         .build::<Vec<u8>>()
         .await
         .unwrap();
-    let refused =
-        bed.lane.join(&bed.route, &bed.topic, "billing", Start::Latest, 10).await.map(drop).unwrap_err();
+    let refused = bed
+        .lane
+        .join(&bed.route, &bed.topic, shared("billing", Start::Latest, 10))
+        .await
+        .map(drop)
+        .unwrap_err();
     assert!(matches!(refused, twinspan::lane::contract::LaneError::GroupBusy(_)), "{refused:?}");
     exclusive.close().await.unwrap();
 }
@@ -136,7 +140,7 @@ async fn a_new_group_begins_inside_a_batch_at_a_time_or_with_the_newest() {
         ("time", Start::Time(read[0].message.ts), 0..6),
     ];
     for (group, start, expected) in starts {
-        let member = bed.lane.join(&bed.route, &bed.topic, group, start, 100).await.unwrap();
+        let member = bed.lane.join(&bed.route, &bed.topic, shared(group, start, 100)).await.unwrap();
         assert_eq!(sorted(&take(&*member, expected.len()).await), expected.collect::<Vec<_>>(), "{group}");
         assert_quiet(&*member).await;
     }

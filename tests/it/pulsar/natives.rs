@@ -5,7 +5,7 @@ use futures_util::StreamExt;
 use pulsar::compression::*;
 use pulsar::consumer::InitialPosition;
 use pulsar::{Consumer, ConsumerOptions};
-use twinspan::lane::contract::LaneError;
+use twinspan::lane::contract::{LaneError, Publisher};
 use twinspan::message::{Draft, Start, Timestamp};
 
 #[tokio::test]
@@ -22,7 +22,7 @@ async fn a_native_client_sees_the_payload_unwrapped_and_the_fields_as_properties
         ..Default::default()
     }
     .accept();
-    bed.lane.append(&bed.route, &bed.topic, sent.clone()).await.unwrap().await.unwrap();
+    bed.lane.append(&bed.route, &bed.topic, sent.clone(), Publisher::default()).await.unwrap().await.unwrap();
     let options = ConsumerOptions::default().with_initial_position(InitialPosition::Earliest);
     let mut consumer: Consumer<Vec<u8>, _> = bed
         .native
@@ -96,11 +96,12 @@ async fn an_oversized_message_is_refused_and_the_others_go_on() {
     }
     let bed = Bed::shared().await;
     let huge = Draft { payload: vec![b'x'; 6 << 20].into(), ..Default::default() }.accept();
-    let refused = bed.lane.append(&bed.route, &bed.topic, huge).await.map(drop).unwrap_err();
+    let refused =
+        bed.lane.append(&bed.route, &bed.topic, huge, Publisher::default()).await.map(drop).unwrap_err();
     assert!(matches!(refused, LaneError::TooLarge { max, .. } if max == 5 << 20), "{refused:?}");
     // Just below the limit, with the rest of the message counted.
     let large = Draft { payload: vec![b'x'; (5 << 20) - 1024].into(), ..Default::default() }.accept();
-    soon(bed.lane.append(&bed.route, &bed.topic, large).await.unwrap()).await.unwrap();
+    soon(bed.lane.append(&bed.route, &bed.topic, large, Publisher::default()).await.unwrap()).await.unwrap();
     let began = Instant::now();
     bed.publish(1).await;
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
@@ -121,7 +122,7 @@ async fn publishing_to_a_terminated_topic_is_refused_and_what_it_holds_is_still_
     let mut refused = None;
     // The producer that is there may learn it by its own message, whose outcome is then not known.
     for _ in 0..3 {
-        refused = match bed.lane.append(&bed.route, &bed.topic, numbered(2)).await {
+        refused = match bed.lane.append(&bed.route, &bed.topic, numbered(2), Publisher::default()).await {
             Ok(receipt) => soon(receipt).await.err(),
             Err(error) => Some(error),
         };

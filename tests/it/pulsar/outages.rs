@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use tokio::task::JoinSet;
-use twinspan::lane::contract::LaneError;
+use twinspan::lane::contract::{LaneError, Publisher};
 use twinspan::message::Start;
 
 use super::*;
 use crate::brokers::Options;
-use crate::durable_contract::{numbers, read};
+use crate::durable_contract::{numbers, read, shared};
 
 /// Publishes until told to stop, and returns what was confirmed.
 fn publisher(bed: &Bed, stop: tokio::sync::watch::Receiver<bool>) -> JoinSet<BTreeSet<usize>> {
@@ -23,7 +23,7 @@ fn publisher(bed: &Bed, stop: tokio::sync::watch::Receiver<bool>) -> JoinSet<BTr
                 if *stop.borrow() {
                     break;
                 }
-                match lane.append(&route, &topic, numbered(n)).await {
+                match lane.append(&route, &topic, numbered(n), Publisher::default()).await {
                     Ok(receipt) => match receipt.await {
                         Ok(_) => {
                             confirmed.insert(n);
@@ -56,7 +56,7 @@ async fn subscribers(bed: &Bed) -> (Arc<Seen>, JoinSet<()>) {
             heard.lock().unwrap()[0].extend(numbers(&batch));
         }
     });
-    let member = bed.lane.join(&bed.route, &bed.topic, "billing", Start::Earliest, 50).await.unwrap();
+    let member = bed.lane.join(&bed.route, &bed.topic, shared("billing", Start::Earliest, 50)).await.unwrap();
     let taken = seen.clone();
     tasks.spawn(async move {
         loop {
@@ -99,7 +99,12 @@ async fn a_broker_that_is_killed_under_load_loses_nothing_confirmed_and_everybod
     let took = is_down(&*bed.lane).await;
     assert!(took < Duration::from_secs(3), "noticed after {took:?}");
     let refused = Instant::now();
-    let error = bed.lane.append(&bed.route, &bed.topic, numbered(0)).await.map(drop).unwrap_err();
+    let error = bed
+        .lane
+        .append(&bed.route, &bed.topic, numbered(0), Publisher::default())
+        .await
+        .map(drop)
+        .unwrap_err();
     assert!(matches!(error, LaneError::Unavailable(_)) && refused.elapsed() < Duration::from_millis(100));
     broker.restart().await;
     is_up(&*bed.lane).await;
@@ -135,11 +140,16 @@ async fn a_frozen_broker_is_noticed_within_three_seconds_and_the_lane_heals_when
     bed.publish(0).await;
     let (mut cursor, _) = bed.lane.tail(&bed.route, &bed.topic).await.unwrap().follow();
     broker.stop();
-    let under_way = bed.lane.append(&bed.route, &bed.topic, numbered(1)).await.unwrap();
+    let under_way = bed.lane.append(&bed.route, &bed.topic, numbered(1), Publisher::default()).await.unwrap();
     let took = is_down(&*bed.lane).await;
     assert!(took < Duration::from_secs(3), "noticed after {took:?}");
     let asked = Instant::now();
-    let refused = bed.lane.append(&bed.route, &bed.topic, numbered(2)).await.map(drop).unwrap_err();
+    let refused = bed
+        .lane
+        .append(&bed.route, &bed.topic, numbered(2), Publisher::default())
+        .await
+        .map(drop)
+        .unwrap_err();
     assert!(matches!(refused, LaneError::Unavailable(_)), "{refused:?}");
     assert!(bed.lane.probe().await.is_err());
     assert!(asked.elapsed() < Duration::from_millis(1100), "{:?}", asked.elapsed());
@@ -171,7 +181,9 @@ async fn a_topic_that_moves_goes_on_without_loss_or_repetition() {
     for round in 0..4 {
         let mut receipts = Vec::new();
         for n in round * 50..(round + 1) * 50 {
-            receipts.push(bed.lane.append(&bed.route, &bed.topic, numbered(n)).await.unwrap());
+            receipts.push(
+                bed.lane.append(&bed.route, &bed.topic, numbered(n), Publisher::default()).await.unwrap(),
+            );
         }
         admin(broker, Method::PUT, &path, Value::Null).await;
         for receipt in receipts {

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
-use twinspan::lane::contract::LaneError;
+use twinspan::lane::contract::{LaneError, Publisher};
 use twinspan::message::{Draft, Start};
 use twinspan::topic::Pattern;
 
 use super::*;
-use crate::durable_contract::{numbers, read};
+use crate::durable_contract::{backlog, numbers, read, shared};
 
 #[tokio::test]
 async fn the_newest_n_are_exact_over_batches() {
@@ -62,7 +62,7 @@ async fn a_template_puts_topics_into_another_tenant_and_namespace() {
     assert_eq!(numbers(&read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await), [7]);
     let refused = {
         let nowhere = Arc::new(route("no.>", "persistent://acme/nowhere/{topic}"));
-        let append = bed.lane.append(&nowhere, &topic("no.where"), numbered(1)).await;
+        let append = bed.lane.append(&nowhere, &topic("no.where"), numbered(1), Publisher::default()).await;
         match append {
             Ok(receipt) => soon(receipt).await.map(drop),
             Err(error) => Err(error),
@@ -95,7 +95,12 @@ async fn publish_keyed(bed: &Bed, n: usize) -> Position {
         key: (!n.is_multiple_of(7)).then(|| format!("key {}", n % 7)),
         ..Default::default()
     };
-    bed.lane.append(&bed.route, &bed.topic, message.accept()).await.unwrap().await.unwrap()
+    bed.lane
+        .append(&bed.route, &bed.topic, message.accept(), Publisher::default())
+        .await
+        .unwrap()
+        .await
+        .unwrap()
 }
 
 #[tokio::test]
@@ -174,7 +179,7 @@ async fn a_group_takes_from_every_partition_and_holds_its_prefetch_over_all() {
     for n in 0..30 {
         publish_keyed(&bed, n).await;
     }
-    let member = bed.lane.join(&bed.route, &bed.topic, "billing", Start::Earliest, 4).await.unwrap();
+    let member = bed.lane.join(&bed.route, &bed.topic, shared("billing", Start::Earliest, 4)).await.unwrap();
     let mut seen = BTreeSet::new();
     while seen.len() < 30 {
         let held = soon(member.next()).await.unwrap();
@@ -183,5 +188,5 @@ async fn a_group_takes_from_every_partition_and_holds_its_prefetch_over_all() {
         seen.extend(sorted(&held));
         member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
     }
-    assert_eq!(bed.lane.backlog(&bed.route, &bed.topic).await.unwrap(), 0);
+    assert_eq!(backlog(&*bed.lane, &bed.route, &bed.topic).await, 0);
 }

@@ -4,13 +4,13 @@ use std::path::Path;
 
 use rcgen::{CertifiedKey, generate_simple_self_signed};
 use serde_json::json;
-use twinspan::lane::contract::LaneError;
+use twinspan::lane::contract::{LaneError, Publisher};
 use twinspan::lane::settings::{Secret, Tls};
 use twinspan::message::Start;
 
 use super::*;
 use crate::brokers::Options;
-use crate::durable_contract::{numbers, read};
+use crate::durable_contract::{numbers, read, shared};
 
 /// The broker's key, which signs nothing but the two tokens below, and those are good nowhere else.
 const KEY: &str = "data:;base64,dHdpbnNwYW4gdGVzdHMgb25seSwgMzIgYnl0ZXMgb2s=";
@@ -89,19 +89,19 @@ async fn a_token_and_tls_are_what_the_broker_asks_for() {
     assert!(!stranger.state().borrow().is_up(), "no certificate of the broker's is known to it");
 
     let name = topic("t.secured");
-    lane.append(&open, &name, numbered(1)).await.unwrap().await.unwrap();
+    lane.append(&open, &name, numbered(1), Publisher::default()).await.unwrap().await.unwrap();
     assert_eq!(numbers(&read(&*lane, &open, &name, Start::Last(1)).await), [1]);
-    let member = lane.join(&open, &name, "billing", Start::Earliest, 10).await.unwrap();
+    let member = lane.join(&open, &name, shared("billing", Start::Earliest, 10)).await.unwrap();
     let held = take(&*member, 1).await;
     member.ack(vec![held[0].tag]).await.unwrap();
 
     let name = topic("closed.topic");
-    let append = match lane.append(&closed, &name, numbered(1)).await {
+    let append = match lane.append(&closed, &name, numbered(1), Publisher::default()).await {
         Ok(receipt) => soon(receipt).await.map(drop),
         Err(error) => Err(error),
     };
     let tail = lane.tail(&closed, &name).await.map(drop);
-    let join = lane.join(&closed, &name, "g", Start::Latest, 1).await.map(drop);
+    let join = lane.join(&closed, &name, shared("g", Start::Latest, 1)).await.map(drop);
     for (what, refused) in [("append", append), ("tail", tail), ("join", join)] {
         assert!(matches!(refused, Err(LaneError::Forbidden(_))), "{what}: {refused:?}");
     }

@@ -1,6 +1,7 @@
 //! What people type: serve, check, explain, and a client on the terminal.
 
 mod health;
+mod live;
 mod problems;
 mod serve;
 mod talk;
@@ -41,7 +42,11 @@ enum Verb {
     /// Run the bridge.
     Serve,
     /// Read settings and routes as `serve` would, and report every error.
-    Check,
+    Check {
+        /// Ask the brokers too: whether they are there, let us in, and keep what the routes promise.
+        #[arg(long)]
+        live: bool,
+    },
     /// Say which route a topic takes, and why.
     Explain {
         topic: String,
@@ -74,7 +79,7 @@ pub async fn run(arguments: Arguments) -> ExitCode {
     let sources = Sources::new(arguments.layers.files, arguments.layers.set);
     let done = match arguments.verb {
         Verb::Serve => serve::serve(&sources).await,
-        Verb::Check => return check(&sources),
+        Verb::Check { live } => return check(&sources, live).await,
         Verb::Explain { topic, json } => explain(&sources, &topic, json),
         Verb::Pub(asked) => talk::publish(asked).await,
         Verb::Sub(asked) => talk::subscribe(asked).await,
@@ -91,11 +96,11 @@ pub async fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-fn check(sources: &Sources) -> ExitCode {
+async fn check(sources: &Sources, live: bool) -> ExitCode {
     let report = config::check(sources);
     if report.is_good() {
         println!("{report}");
-        ExitCode::SUCCESS
+        if live { live::check(report).await } else { ExitCode::SUCCESS }
     } else {
         eprintln!("{report}");
         ExitCode::FAILURE

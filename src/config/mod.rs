@@ -179,8 +179,8 @@ fn one_place_for_a_secret(leaves: Vec<Leaf>, problems: &mut Vec<Problem>) -> Vec
 
 /// What `check` found.
 pub struct Report {
-    settings: Settings,
-    table: Option<RouteTable>,
+    pub settings: Settings,
+    pub table: Option<RouteTable>,
     pub problems: Vec<Problem>,
 }
 

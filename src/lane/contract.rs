@@ -19,6 +19,7 @@ use tokio::sync::watch;
 
 use super::tail::Tail;
 use crate::message::{Envelope, GroupMode, Message, Position, ReplyTo, Start, Timestamp};
+use crate::origin::Problem;
 use crate::policy::table::Route;
 use crate::topic::{Pattern, Topic};
 
@@ -238,6 +239,12 @@ pub trait DurableLane: Send + Sync {
 
     /// How the groups of a topic stand; none for a topic that does not exist.
     async fn groups(&self, route: &Arc<Route>, topic: &Topic) -> Result<Vec<GroupReport>, LaneError>;
+
+    /// What the broker is set to that does not fit what the routes in force expect of it. Nothing where the lane has no
+    /// broker.
+    async fn examine(&self) -> Result<Vec<Problem>, LaneError> {
+        Ok(Vec::new())
+    }
 
     /// As on the ephemeral lane: a round trip through storage (a message written and confirmed), timed.
     async fn probe(&self) -> Result<Duration, LaneError>;

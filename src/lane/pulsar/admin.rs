@@ -136,6 +136,24 @@ impl Admin {
         succeeded(self.send(Method::POST, url, |request| request.json(&to)).await?).await.map(drop)
     }
 
+    /// What is said at a path below `/admin/v2`: null where nothing is set, `None` where there is no such thing.
+    pub async fn get(&self, path: &[&str]) -> Result<Option<Value>, LaneError> {
+        let mut url = self.base.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.pop_if_empty().extend(["admin", "v2"]).extend(path);
+        }
+        let response = self.send(Method::GET, url, |request| request).await?;
+        match response.status() {
+            StatusCode::NOT_FOUND => Ok(None),
+            StatusCode::NO_CONTENT => Ok(Some(Value::Null)),
+            _ => {
+                let body = succeeded(response).await?.bytes().await.map_err(lost)?;
+                // The broker says by an empty body, too, that nothing is set.
+                Ok(Some(serde_json::from_slice(&body).unwrap_or_default()))
+            }
+        }
+    }
+
     /// The place of the first message that was published at a time or later; `None` where none was.
     pub async fn at_time(&self, topic: &Physical, time: Timestamp) -> Result<Option<Place>, LaneError> {
         let url = self.topic(topic, &["messageid", &time.as_millis().max(0).to_string()])?;

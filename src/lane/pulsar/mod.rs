@@ -24,6 +24,7 @@ use super::contract::{
 use super::settings::DurableSettings;
 use super::tail::Tail;
 use crate::message::{GroupMode, Lane, Message, Position, Start};
+use crate::origin::Problem;
 use crate::policy::Policy;
 use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
@@ -35,6 +36,7 @@ mod append;
 mod cluster;
 mod consumer;
 mod credentials;
+mod examine;
 mod fault;
 mod feed;
 mod follow;
@@ -270,6 +272,10 @@ impl DurableLane for PulsarLane {
                 oldest: None,
             })
             .collect())
+    }
+
+    async fn examine(&self) -> Result<Vec<Problem>, LaneError> {
+        examine::examine(&self.admin, &self.policy.table()).await
     }
 
     async fn probe(&self) -> Result<Duration, LaneError> {

@@ -15,7 +15,8 @@ use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::{OnceLock, mpsc};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -43,6 +44,8 @@ pub struct Options {
     pub set: Vec<String>,
     /// Who a Pulsar that asks for a token shall take us for.
     pub token: Option<String>,
+    /// A proxy's target, told before the broker starts: a Pulsar that advertises a proxy connects to itself by it.
+    pub forwarded: Option<Arc<AtomicU16>>,
 }
 
 pub struct Broker {
@@ -122,6 +125,9 @@ impl Broker {
             let dir = tempfile::tempdir().unwrap();
             let [port, http_port] = free_ports();
             let options = options.clone();
+            if let Some(target) = &options.forwarded {
+                target.store(port, Ordering::Relaxed);
+            }
             let child = spawn(kind, port, http_port, dir.path(), &options);
             let mut broker = Self { kind, port, http_port, options, dir, child };
             if broker.is_ready().await {

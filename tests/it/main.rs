@@ -6,7 +6,7 @@
 mod brokers;
 mod harness;
 mod lanes;
-mod live;
+mod proxy;
 
 mod architecture;
 mod defects;
@@ -17,6 +17,7 @@ mod hostile_sockets;
 mod http;
 mod journal;
 mod killed;
+mod live;
 mod natives;
 mod nats_natives;
 mod nats_outages;

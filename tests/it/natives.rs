@@ -105,3 +105,26 @@ async fn a_durable_topic_is_a_pulsar_topic() {
     }
     assert_eq!(ids.iter().collect::<std::collections::HashSet<_>>().len(), ids.len());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_plain_subscribers_are_one_reader_at_the_broker() {
+    let Some(span) = Span::on_brokers().await else { return };
+    let mut clients = Vec::new();
+    for _ in 0..1000 {
+        let client = span.client().await;
+        client.subscribe("orders.many", nothing()).await.unwrap();
+        clients.push(client);
+    }
+    let ack = clients[0].publish("orders.many", &draft("1")).await.unwrap();
+    for client in &mut clients {
+        let event = next(client).await;
+        assert_eq!(event.position, ack.position);
+    }
+    let path = format!("/admin/v2/persistent/public/default/{}.orders.many/stats", span.own);
+    let (status, stats) = shared_pulsar().await.get(&path).await.unwrap();
+    let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+    assert_eq!(status, 200, "{stats}");
+    let consumers = stats["subscriptions"].as_object().unwrap().values();
+    let consumers: usize = consumers.map(|group| group["consumers"].as_array().unwrap().len()).sum();
+    assert_eq!(consumers, 1, "{stats:#}");
+}

@@ -22,9 +22,11 @@ use crate::brokers::{Broker, left_out, shared_pulsar};
 use crate::durable_contract::{Ground, SOON, number, numbered, promises, shared, soon};
 
 mod groups;
+mod faults;
 mod natives;
 mod outages;
 mod places;
+mod producing;
 mod security;
 
 fn settings(broker: &Broker) -> DurableSettings {

@@ -1,0 +1,316 @@
+//! One promise under every fault: what was confirmed reaches everybody, once and in its order.
+//!
+//! ```text
+//! publishers ──▶ lane ──▶ proxy ──▶ broker          the broker is frozen, the network cut, the topic moved
+//! a follower and groups of every mode ◀──┘          and in the end the books are compared
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::AsyncFnOnce;
+use std::sync::Mutex;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use twinspan::lane::contract::{Joining, LaneError, Publisher};
+use twinspan::lane::follow::{Follow, Step};
+use twinspan::message::{Draft, GroupMode, Place, Start};
+
+use super::*;
+use crate::brokers::Options;
+use crate::durable_contract::read;
+use crate::proxy::Proxy;
+
+/// How long after a fault everybody may take to deliver again.
+const HEALED_WITHIN: Duration = Duration::from_secs(5);
+const PUBLISHERS: usize = 2;
+const KEYS: usize = 4;
+/// Numbers of one publisher.
+const EACH: usize = 1_000_000;
+
+/// What became of each publish.
+#[derive(Default)]
+struct Published {
+    confirmed: BTreeSet<usize>,
+    /// Nothing was stored, it was said.
+    refused: BTreeSet<usize>,
+}
+
+/// One delivery to a group: what, where, and as which attempt.
+type Delivered = (usize, Place, u32);
+
+struct Load {
+    bed: Bed,
+    stop: watch::Sender<bool>,
+    publishers: JoinSet<Published>,
+    followed: Arc<Mutex<Vec<(usize, Place)>>>,
+    groups: HashMap<GroupMode, Arc<Mutex<Vec<Delivered>>>>,
+    _subscribers: JoinSet<()>,
+}
+
+impl Load {
+    async fn start(bed: Bed, modes: &[GroupMode]) -> Self {
+        let mut subscribers = JoinSet::new();
+        let followed = Arc::new(Mutex::new(Vec::new()));
+        let mut follow =
+            Follow::open(bed.lane.clone(), bed.route.clone(), bed.topic.clone(), Start::Earliest)
+                .await
+                .unwrap();
+        let heard = followed.clone();
+        subscribers.spawn(async move {
+            loop {
+                if let Step::Events { events, .. } = follow.next().await.expect("following never ends") {
+                    let events = events.into_iter().map(|event| event.unwrap());
+                    heard.lock().unwrap().extend(events.map(|event| (number(&event), place(&event))));
+                }
+            }
+        });
+        let mut groups = HashMap::new();
+        for mode in modes {
+            let delivered = Arc::new(Mutex::new(Vec::new()));
+            let members = if *mode == GroupMode::Exclusive { 1 } else { 2 };
+            for _ in 0..members {
+                let joining = Joining {
+                    group: mode.as_str().into(),
+                    mode: *mode,
+                    start: Start::Earliest,
+                    prefetch: 200,
+                };
+                let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+                subscribers.spawn(take_part(member, delivered.clone()));
+            }
+            groups.insert(*mode, delivered);
+        }
+        let (stop, stopped) = watch::channel(false);
+        let mut publishers = JoinSet::new();
+        for at in 0..PUBLISHERS {
+            let (lane, route, topic) = (bed.lane.clone(), bed.route.clone(), bed.topic.clone());
+            publishers.spawn(publish(lane, route, topic, at, stopped.clone()));
+        }
+        Self { bed, stop, publishers, followed, groups, _subscribers: subscribers }
+    }
+
+    fn newest(&self) -> Vec<(String, usize)> {
+        let followed = self.followed.lock().unwrap().len();
+        let groups = self.groups.iter().map(|(mode, delivered)| {
+            let distinct: BTreeSet<_> = delivered.lock().unwrap().iter().map(|(n, ..)| *n).collect();
+            (mode.as_str().to_owned(), distinct.len())
+        });
+        groups.chain([("the follower".to_owned(), followed)]).collect()
+    }
+
+    /// Waits until everybody has got something new.
+    async fn flows(&self, what: &str, within: Duration) {
+        let (before, deadline) = (self.newest(), Instant::now() + within);
+        loop {
+            let now = self.newest();
+            let waits: Vec<_> =
+                before.iter().zip(&now).filter(|(before, now)| now.1 < before.1 + 20).collect();
+            if waits.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{what}: within {within:?} these got nothing: {waits:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Ends the load and compares the books. A group may begin counting attempts again where `restarted`.
+    async fn settle(mut self, what: &str, restarted: bool) {
+        self.stop.send_replace(true);
+        let mut published = Published::default();
+        while let Some(one) = self.publishers.join_next().await {
+            let one = one.unwrap();
+            published.confirmed.extend(one.confirmed);
+            published.refused.extend(one.refused);
+        }
+        is_up(&*self.bed.lane).await;
+        let stored = read(&*self.bed.lane, &self.bed.route, &self.bed.topic, Start::Earliest).await;
+        let stored: Vec<_> = stored.iter().map(|event| (number(event), place(event))).collect();
+        let numbers: BTreeSet<_> = stored.iter().map(|(n, _)| *n).collect();
+        let lost: Vec<_> = published.confirmed.difference(&numbers).collect();
+        assert_eq!(lost, Vec::<&usize>::new(), "{what}: confirmed and not stored");
+        let refused: Vec<_> = published.refused.intersection(&numbers).collect();
+        assert_eq!(refused, Vec::<&usize>::new(), "{what}: said not to be stored, and stored");
+        in_order(what, "storage", stored.iter().map(|(n, _)| *n));
+        assert!(published.confirmed.len() > 200, "{what}: only {} were confirmed", published.confirmed.len());
+
+        let deadline = Instant::now() + HEALED_WITHIN * 2;
+        while self.followed.lock().unwrap().len() < stored.len() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(
+            *self.followed.lock().unwrap(),
+            stored,
+            "{what}: the follower has storage, each once, in order"
+        );
+        let places: BTreeSet<_> = stored.iter().map(|(_, place)| *place).collect();
+        for (mode, delivered) in &self.groups {
+            let who = mode.as_str();
+            let got = || -> BTreeSet<Place> {
+                delivered.lock().unwrap().iter().map(|(_, place, _)| *place).collect()
+            };
+            while got() != places && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            let got = got();
+            let missing: Vec<_> = places.difference(&got).take(9).collect();
+            assert_eq!(missing, Vec::<&Place>::new(), "{what}: never delivered to the {who} group");
+            let delivered = delivered.lock().unwrap();
+            let mut attempts: HashMap<Place, u32> = HashMap::new();
+            for (n, place, attempt) in &*delivered {
+                let before = attempts.insert(*place, *attempt);
+                let counted = before.is_none_or(|before| *attempt > before);
+                assert!(
+                    counted || restarted,
+                    "{what}: {n} came to the {who} group as attempt {attempt}, after {before:?}"
+                );
+            }
+            if *mode != GroupMode::Shared {
+                in_order(what, who, delivered.iter().map(|(n, ..)| *n));
+            }
+        }
+    }
+}
+
+/// Asserts that the first of each number of a key comes after the first of all that were published before it.
+fn in_order(what: &str, who: &str, numbers: impl Iterator<Item = usize>) {
+    let (mut seen, mut last) = (BTreeSet::new(), BTreeMap::new());
+    for n in numbers.filter(|n| seen.insert(*n)) {
+        let before = last.insert((n / EACH, n % KEYS), n);
+        assert!(before.is_none_or(|before| before < n), "{what}: {who} has {n} after {before:?}");
+    }
+}
+
+fn place(envelope: &Envelope) -> Place {
+    envelope.stored.as_ref().unwrap().place
+}
+
+async fn take_part(member: Box<dyn Member>, delivered: Arc<Mutex<Vec<Delivered>>>) {
+    loop {
+        let handed = member.next().await.expect("a membership never ends");
+        let handed: Vec<_> = handed.into_iter().map(Result::unwrap).collect();
+        delivered
+            .lock()
+            .unwrap()
+            .extend(handed.iter().map(|handed| (number(&handed.envelope), handed.tag.place, handed.attempt)));
+        // While the broker is away it cannot be confirmed; the deliveries come again then.
+        let _ = member.ack(handed.iter().map(|handed| handed.tag).collect()).await;
+    }
+}
+
+/// Some hundred a second, many of them under way.
+async fn publish(
+    lane: Arc<PulsarLane>,
+    route: Arc<Route>,
+    topic: Topic,
+    publisher: usize,
+    stop: watch::Receiver<bool>,
+) -> Published {
+    let (mut published, mut receipts) = (Published::default(), JoinSet::new());
+    let mut pace = tokio::time::interval(Duration::from_millis(4));
+    for n in publisher * EACH.. {
+        if *stop.borrow() {
+            break;
+        }
+        pace.tick().await;
+        let key = Some(format!("{publisher}-{}", n % KEYS));
+        let draft = Draft { payload: n.to_string().into(), key, ..Draft::default() };
+        match lane.append(&route, &topic, draft.accept(), Publisher(publisher as u64)).await {
+            Ok(receipt) => drop(receipts.spawn(async move { (n, receipt.await) })),
+            Err(LaneError::Unavailable(_)) => {
+                published.refused.insert(n);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(LaneError::OutcomeUnknown(_)) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+    while let Some(outcome) = receipts.join_next().await {
+        match outcome.unwrap() {
+            (n, Ok(_)) => drop(published.confirmed.insert(n)),
+            (n, Err(LaneError::Unavailable(_))) => drop(published.refused.insert(n)),
+            (_, Err(LaneError::OutcomeUnknown(_))) => {}
+            (_, Err(error)) => panic!("{error:?}"),
+        }
+    }
+    published
+}
+
+async fn under_load(bed: Bed, what: &str, restarted: bool, fault: impl AsyncFnOnce(&Bed)) {
+    let load = Load::start(bed, &[GroupMode::Shared]).await;
+    load.flows(what, SOON).await;
+    fault(&load.bed).await;
+    is_up(&*load.bed.lane).await;
+    load.flows(what, HEALED_WITHIN).await;
+    load.settle(what, restarted).await;
+}
+
+async fn behind(broker: &Broker, proxy: &Proxy) -> Bed {
+    let settings = DurableSettings { url: vec![proxy.pulsar_url()], ..settings(broker) };
+    let route = route("t.>", "persistent://public/default/{topic}");
+    let policy = Policy::new(RouteTable::new([route.clone()]));
+    let topic = topic(&format!("t.{}", MessageId::new()));
+    let native = Pulsar::builder(proxy.pulsar_url(), TokioExecutor).build().await.unwrap();
+    Bed { lane: open(&settings, &policy).await, route: Arc::new(route), topic, native }
+}
+
+/// One after the other on one broker, which begins a new ledger every ten entries besides.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fault_of_network_or_topic_loses_nothing_keeps_the_order_and_heals_within_five_seconds() {
+    if left_out() {
+        return;
+    }
+    let rollover = ["managedLedgerMaxEntriesPerLedger=10", "managedLedgerMinLedgerRolloverTimeMinutes=0"];
+    let options = Options { set: rollover.map(String::from).to_vec(), ..Options::default() };
+    let (broker, proxy) = Proxy::pulsar(options).await;
+    let bed = || behind(&broker, &proxy);
+
+    under_load(bed().await, "cut every 200 ms", false, async |_| {
+        let cutting = proxy.cut_every(Duration::from_millis(200));
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        drop(cutting);
+    })
+    .await;
+    under_load(bed().await, "accepted, then closed", false, async |_| {
+        proxy.accept_then_close();
+        proxy.cut();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        proxy.resume();
+    })
+    .await;
+    under_load(bed().await, "unloaded", false, async |bed| {
+        let path = format!("persistent/public/default/{}/unload", bed.topic);
+        for _ in 0..4 {
+            admin(&broker, Method::PUT, &path, Value::Null).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+    })
+    .await;
+    under_load(bed().await, "frozen", false, async |bed| {
+        broker.stop();
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        broker.cont();
+        is_up(&*bed.lane).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_is_killed_under_load_loses_nothing_confirmed_and_everybody_goes_on() {
+    if left_out() {
+        return;
+    }
+    let mut broker = Broker::pulsar(&Options::default()).await;
+    let bed = Bed::on(&broker).await;
+    under_load(bed, "killed", true, async |bed| {
+        broker.kill();
+        let took = is_down(&*bed.lane).await;
+        assert!(took < Duration::from_secs(3), "noticed after {took:?}");
+        let asked = Instant::now();
+        let refused = bed.lane.append(&bed.route, &bed.topic, numbered(0), Publisher::default()).await;
+        assert!(matches!(refused.map(drop), Err(LaneError::Unavailable(_))));
+        assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+        broker.restart().await;
+        is_up(&*bed.lane).await;
+    })
+    .await;
+}

@@ -10,7 +10,7 @@ use twinspan::lane::contract::{DurableLane, Publisher, Receipt};
 use twinspan::lane::journal::Journal;
 use twinspan::message::{Draft, Lane};
 use twinspan::policy::Policy;
-use twinspan::policy::table::{Declare, Overflow, Retention, Route, RouteTable, Template};
+use twinspan::policy::table::{Declare, Overflow, Redelivery, Retention, Route, RouteTable, Template};
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
 
@@ -36,6 +36,7 @@ async fn measure(payload: usize, in_flight: usize, count: usize) {
         overflow: Overflow::DropOldest,
         retention: Retention::default(),
         declare: Declare::Auto,
+        redelivery: Redelivery::default(),
         max_payload: None,
     };
     let policy = Policy::new(RouteTable::new([route.clone()]));

@@ -163,6 +163,10 @@ impl fmt::Display for Timestamp {
     }
 }
 
+/// What names the headers begin with by which a dead letter says where it comes from. They are the fabric's own, so no
+/// publisher has them, and they cross like the publisher's.
+pub const ORIGIN: &str = "twinspan-origin-";
+
 /// The publisher's own fields: a flat map, carried in NATS headers and Pulsar properties.
 pub type Headers = BTreeMap<String, String>;
 

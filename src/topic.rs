@@ -103,6 +103,19 @@ impl Pattern {
         }
     }
 
+    /// Whether every topic of the other is one of this.
+    pub fn covers(&self, other: &Pattern) -> bool {
+        let (mut ours, mut theirs) = (self.tokens(), other.tokens());
+        loop {
+            match (ours.next(), theirs.next()) {
+                (Some(">"), Some(_)) | (None, None) => return true,
+                (Some("*"), Some(token)) if token != ">" => {}
+                (Some(a), Some(b)) if a == b => {}
+                _ => return false,
+            }
+        }
+    }
+
     /// Orders patterns by precedence, the more specific first: token by token from the left, a literal before `*`
     /// before `>`. Of the patterns that match one topic, the first in this order wins.
     pub fn precedence(&self, other: &Pattern) -> Ordering {
@@ -237,6 +250,24 @@ mod tests {
         }
         assert!(Pattern::parse("a.>.b").is_err());
         assert_eq!(Pattern::parse("a.foo*").err(), Some(TopicError::Character("a.foo*".into(), '*')));
+    }
+
+    #[test]
+    fn a_pattern_covers_another_where_it_has_all_of_its_topics() {
+        let table = [
+            ("a.>", "a.b.>", true),
+            (">", "*", true),
+            ("a.*", "a.b", true),
+            ("a.*", "a.*", true),
+            ("a.*", "a.>", false),
+            ("a.b", "a.*", false),
+            ("a.>", "a", false),
+            ("*.b", "a.*", false),
+        ];
+        for (a, b, expected) in table {
+            let (a, b) = (Pattern::parse(a).unwrap(), Pattern::parse(b).unwrap());
+            assert_eq!(a.covers(&b), expected, "{a} {b}");
+        }
     }
 
     #[test]

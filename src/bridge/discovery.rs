@@ -15,6 +15,7 @@ use crate::topic::{Pattern, Topic};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
+#[derive(Clone)]
 pub struct Discovery {
     lane: Arc<dyn DurableLane>,
     topics: Arc<watch::Sender<BTreeSet<Topic>>>,

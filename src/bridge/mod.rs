@@ -9,7 +9,9 @@
 //! the first keeps its order and can have many under way.
 
 pub mod catalog;
+pub mod delivery;
 pub mod discovery;
+pub mod groups;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,9 +19,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::BoxFuture;
 use tokio::sync::broadcast;
 
-use crate::lane::contract::{
-    DurableLane, Ear, EphemeralLane, Joining, LaneError, Listening, Member, Publisher,
-};
+use crate::lane::contract::{DurableLane, Ear, EphemeralLane, Joining, LaneError, Listening, Publisher};
 use crate::lane::follow::Follow;
 use crate::message::{Draft, Lane, Message, MessageId, Position, ReplyTo, Start, Timestamp};
 use crate::policy::Policy;
@@ -29,7 +29,9 @@ use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::Group;
 use catalog::Catalog;
+use delivery::{GroupMember, Surroundings};
 use discovery::Discovery;
+use groups::Groups;
 
 /// How many notices a session may be behind; one that is further behind learns the present state instead.
 const NOTICES_MAX: usize = 256;
@@ -38,8 +40,9 @@ pub struct Bridge {
     pub policy: Policy,
     pub ephemeral: Arc<dyn EphemeralLane>,
     pub durable: Arc<dyn DurableLane>,
-    pub catalog: Catalog,
+    pub catalog: Arc<Catalog>,
     pub discovery: Discovery,
+    pub groups: Arc<Groups>,
     pub metrics: Arc<Metrics>,
     notices: broadcast::Sender<Notice>,
 }
@@ -91,11 +94,19 @@ impl Bridge {
             policy,
             ephemeral,
             durable,
-            catalog,
+            catalog: Arc::new(catalog),
             discovery,
+            groups: Arc::default(),
             metrics,
             notices: broadcast::channel(NOTICES_MAX).0,
         }
+    }
+
+    /// Which lane carries what is published to this topic, where something may be.
+    pub fn may_publish(&self, topic: &Topic) -> Result<Lane, Fault> {
+        let route = self.route(topic)?;
+        self.exists(&route, topic)?;
+        Ok(route.lane)
     }
 
     /// Returns once the message has its place in the order of its topic.
@@ -202,18 +213,44 @@ impl Bridge {
         topic: &Topic,
         group: &Group,
         start: Start,
-    ) -> Result<(Arc<Route>, Box<dyn Member>), Fault> {
+    ) -> Result<(Arc<Route>, GroupMember), Fault> {
         let route = self.route(topic)?;
         let joining =
             Joining { group: group.name.clone(), mode: group.mode, start, prefetch: group.prefetch };
         let member = self.durable.join(&route, topic, joining).await.map_err(fault)?;
-        Ok((route, member))
+        let around = Surroundings {
+            policy: self.policy.clone(),
+            lane: self.durable.clone(),
+            catalog: self.catalog.clone(),
+            discovery: self.discovery.clone(),
+            metrics: self.metrics.clone(),
+        };
+        let served = self.groups.join(topic.clone(), group.name.as_str().into());
+        Ok((route.clone(), GroupMember::new(member, around, served, route)))
     }
 
     /// Has a group of one durable topic go on from somewhere else.
     pub async fn seek(&self, topic: &Topic, group: &str, start: Start) -> Result<(), Fault> {
         let route = self.route(topic)?;
         self.durable.seek(&route, topic, group, start).await.map_err(fault)
+    }
+
+    /// Whether a durable topic has a group of this name.
+    pub async fn has_group(&self, topic: &Topic, group: &str) -> Result<bool, Fault> {
+        let route = self.route(topic)?;
+        let groups = self.durable.groups(&route, topic).await.map_err(fault)?;
+        Ok(groups.iter().any(|known| known.name == group))
+    }
+
+    /// Deletes a group without members, and what it had acknowledged.
+    pub async fn delete_group(&self, topic: &Topic, group: &str) -> Result<(), Fault> {
+        let route = self.route(topic)?;
+        let no_group = || Fault::new(Code::TopicNotFound, format!("topic `{topic}` has no group `{group}`"));
+        if route.lane != Lane::Durable {
+            return Err(no_group());
+        }
+        let deleted = self.durable.delete_group(&route, topic, group).await.map_err(fault)?;
+        if deleted { Ok(()) } else { Err(no_group()) }
     }
 
     /// Declares a topic.

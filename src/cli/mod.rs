@@ -1,10 +1,13 @@
 //! What people type: serve, check, explain, and a client on the terminal.
 
+mod consume;
+mod bench;
 mod health;
 mod live;
 mod problems;
 mod serve;
 mod talk;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -62,6 +65,10 @@ enum Verb {
     Request(talk::Request),
     /// Answer requests.
     Reply(talk::Reply),
+    /// Take part in a group: run a command for each message, or print it.
+    Consume(consume::Work),
+    /// Load both lanes and print rates and latencies side by side, also beside Pulsar's own clients.
+    Bench(Box<bench::Bench>),
     /// Ask a running bridge how it is: exit 0 healthy, 1 degraded, 2 down or not there.
     Health {
         /// Only this lane.
@@ -85,6 +92,8 @@ pub async fn run(arguments: Arguments) -> ExitCode {
         Verb::Sub(asked) => talk::subscribe(asked).await,
         Verb::Request(asked) => talk::request(asked).await,
         Verb::Reply(asked) => talk::reply(asked).await,
+        Verb::Consume(asked) => consume::consume(asked).await,
+        Verb::Bench(asked) => bench::bench(*asked, &sources).await,
         Verb::Health { lane } => return health::health(&sources, lane).await,
     };
     match done {

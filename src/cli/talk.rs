@@ -1,30 +1,24 @@
 //! A client on the terminal: pub, sub, request, reply.
 
-use std::io::Write;
+use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use clap::Args;
-use serde_json::{Value, json};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
-use tokio::task::JoinSet;
 
-use crate::client::{Client, ClientError, Sender};
-use crate::message::Draft;
-use crate::wire::json::heard::Heard;
+use super::consume::printing;
+use super::terminal::{Target, mode, print, start};
+use crate::client::{Consume, Event, Incoming, Published, Sender, Status, Subscribe as Subscribed};
+use crate::message::{Draft, GroupMode, Start};
 
 /// How many lines of `pub TOPIC -` may be unacknowledged.
 const UNACKNOWLEDGED_MAX: usize = 512;
-
-#[derive(Args)]
-pub struct Target {
-    /// The bridge to talk to.
-    #[arg(long, default_value = "ws://127.0.0.1:8090/ws")]
-    url: String,
-}
 
 #[derive(Args)]
 pub struct Publish {
@@ -51,11 +45,17 @@ pub struct Subscribe {
     #[arg(long, value_name = "N", conflicts_with = "from")]
     last: Option<u32>,
     /// Begin at `earliest`, an RFC 3339 time, or after a position.
-    #[arg(long)]
-    from: Option<String>,
+    #[arg(long, value_parser = start)]
+    from: Option<Start>,
+    /// Only the events that this expression over topic, key, headers and payload holds for.
+    #[arg(long, value_name = "EXPRESSION")]
+    filter: Option<String>,
     /// Take part in a group; each message is acknowledged once it is printed.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "last")]
     group: Option<String>,
+    /// How the group's members share: shared, key_shared, failover or exclusive.
+    #[arg(long, requires = "group", value_parser = mode)]
+    mode: Option<GroupMode>,
     /// End after so many events.
     #[arg(long, value_name = "N")]
     count: Option<u64>,
@@ -93,8 +93,7 @@ pub struct Reply {
 }
 
 pub async fn publish(asked: Publish) -> Result<()> {
-    let client = Client::connect(&asked.target.url).await?;
-    let mut headers = std::collections::BTreeMap::new();
+    let mut headers = BTreeMap::new();
     for header in &asked.headers {
         let Some((name, value)) = header.split_once('=') else {
             bail!("--header {header}: write NAME=VALUE")
@@ -107,121 +106,135 @@ pub async fn publish(asked: Publish) -> Result<()> {
         headers: headers.clone(),
         ..Draft::default()
     };
+    let twinspan = asked.target.connect().await?;
     if asked.payload != "-" {
-        let ack = client.publish(&asked.topic, &draft(asked.payload.clone())).await?;
-        return acknowledged(&ack);
+        return acknowledged(&twinspan.send(&asked.topic, draft(asked.payload.clone())).await?);
     }
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
-    let mut under_way: JoinSet<Result<Heard, ClientError>> = JoinSet::new();
-    while let Some(line) = lines.next_line().await.context("reading standard input")? {
-        if under_way.len() >= UNACKNOWLEDGED_MAX
-            && let Some(ack) = under_way.join_next().await
-        {
-            acknowledged(&ack??)?;
+    let mut under_way = FuturesUnordered::new();
+    let (mut is_open, mut read, mut failed) = (true, 0_u64, 0_u64);
+    while is_open || !under_way.is_empty() {
+        tokio::select! {
+            line = lines.next_line(), if is_open && under_way.len() < UNACKNOWLEDGED_MAX => {
+                let Some(line) = line.context("reading standard input")? else {
+                    is_open = false;
+                    continue;
+                };
+                read += 1;
+                let (number, placed) = (read, twinspan.send_in_line(&asked.topic, draft(line)).await);
+                under_way.push(async move {
+                    match placed {
+                        Ok(published) => (number, published.await),
+                        Err(error) => (number, Err(error)),
+                    }
+                });
+            }
+            Some((number, published)) = under_way.next(), if !under_way.is_empty() => match published {
+                Ok(published) => acknowledged(&published)?,
+                Err(error) => {
+                    failed += 1;
+                    eprintln!("-- line {number}: {error}");
+                }
+            },
         }
-        under_way.spawn(client.publish_in_line(&asked.topic, &draft(line)).await?);
     }
-    while let Some(ack) = under_way.join_next().await {
-        acknowledged(&ack??)?;
-    }
-    Ok(())
+    eprintln!("{} acknowledged, {failed} failed.", read - failed);
+    if failed > 0 { bail!("{failed} of {read} lines were not acknowledged") } else { Ok(()) }
 }
 
-fn acknowledged(ack: &Heard) -> Result<()> {
-    let id = ack.message_id.as_deref().unwrap_or("-");
-    match &ack.position {
-        Some(position) => print(format_args!("stored {id} at {position}")),
-        None => print(format_args!("sent {id}")),
+fn acknowledged(published: &Published) -> Result<()> {
+    let id = published.id;
+    match (published.status, &published.position) {
+        (Status::Spooled, _) => print(format_args!("spooled {id}")),
+        (_, Some(position)) => print(format_args!("stored {id} at {position}")),
+        (Status::Duplicate, None) => print(format_args!("stored {id} before")),
+        (Status::Ok, None) => print(format_args!("sent {id}")),
     }
 }
 
 pub async fn subscribe(asked: Subscribe) -> Result<()> {
-    let mut client = Client::connect(&asked.target.url).await?;
-    let from = asked.from.as_deref().map(start);
-    let options = json!({ "last_n": asked.last, "from": from, "group": asked.group });
-    let ack = client.subscribe(&asked.pattern, options).await?;
-    let lane = ack.lane.as_deref().unwrap_or("both lanes");
+    let twinspan = asked.target.connect().await?;
+    let from = asked.last.map(Start::Last).or(asked.from).unwrap_or_default();
+    let count = asked.count.unwrap_or(u64::MAX);
+    let whole = asked.json;
+    if let Some(group) = asked.group {
+        eprintln!("Subscribed to {} as a member of {group}. Ctrl-C ends.", asked.pattern);
+        let mode = asked.mode.unwrap_or_default();
+        let options = Consume { group, mode, filter: asked.filter, from, ..Consume::default() };
+        printing(&twinspan, &asked.pattern, options, count, move |event| shown(event, whole)).await?;
+        return Ok(());
+    }
+    let options = Subscribed { from, filter: asked.filter, group: None };
+    let mut subscription = twinspan.subscribe(&asked.pattern, options).await?;
+    let lane = subscription.lane().unwrap_or("both lanes");
     eprintln!("Subscribed to {} ({lane}). Ctrl-C ends.", asked.pattern);
-    let mut left = asked.count.unwrap_or(u64::MAX);
+    let mut left = count;
     while left > 0 {
-        let heard = client.next().await?;
-        match heard.kind.as_str() {
-            "event" => {
+        match subscription.next().await? {
+            Incoming::Event(event) => {
                 left -= 1;
-                show(&heard, asked.json)?;
-                if let Some(delivery) = heard.delivery {
-                    client.ack(&[delivery]).await?;
-                }
+                print(format_args!("{}", shown(&event, whole)))?;
             }
-            "gap" => {
-                let dropped = heard.dropped.map_or("an unknown number of".into(), |n| n.to_string());
-                eprintln!("-- gap: {dropped} events ({})", heard.reason.as_deref().unwrap_or("?"));
+            Incoming::Gap { dropped, reason, .. } => {
+                let dropped = dropped.map_or("an unknown number of".into(), |n| n.to_string());
+                eprintln!("-- gap: {dropped} events ({reason})");
             }
-            "info" => eprintln!("-- {}", heard.code.as_deref().unwrap_or("?")),
-            "error" => bail!("{}", refused(&heard)),
-            _ => {}
+            Incoming::Info(info) => eprintln!("-- {}", info.code.as_deref().unwrap_or("?")),
+            Incoming::Error(error) => eprintln!("-- {}: {}", error.code, error.message),
         }
     }
     Ok(())
 }
 
-fn start(from: &str) -> Value {
-    match from {
-        "earliest" | "latest" => json!(from),
-        time if time.contains('T') => json!({ "time": time }),
-        position => json!({ "position": position }),
+fn shown(event: &Event, whole: bool) -> String {
+    match whole {
+        true => event.heard.frame.clone(),
+        false => format!("{} {}", event.topic(), String::from_utf8_lossy(&event.payload)),
     }
-}
-
-fn show(heard: &Heard, whole: bool) -> Result<()> {
-    let topic = heard.topic.as_deref().unwrap_or("?");
-    if whole {
-        return print(format_args!("{}", heard.frame));
-    }
-    let payload = heard.payload().unwrap_or_default();
-    print(format_args!("{topic} {}", String::from_utf8_lossy(&payload)))
 }
 
 pub async fn request(asked: Request) -> Result<()> {
-    let client = Client::connect(&asked.target.url).await?;
-    let draft = Draft { payload: Bytes::from(asked.payload), ..Draft::default() };
-    let reply = client.request(&asked.topic, &draft, Duration::from_millis(asked.timeout_ms)).await?;
-    print(format_args!("{}", String::from_utf8_lossy(&reply.payload().unwrap_or_default())))
+    let twinspan = asked.target.connect().await?;
+    let timeout = Duration::from_millis(asked.timeout_ms);
+    let reply = twinspan.request(&asked.topic, asked.payload, timeout).await?;
+    print(format_args!("{}", String::from_utf8_lossy(&reply.payload)))
 }
 
 pub async fn reply(asked: Reply) -> Result<()> {
-    let mut client = Client::connect(&asked.target.url).await?;
-    client.subscribe(&asked.pattern, json!({ "group": asked.group })).await?;
+    let twinspan = asked.target.connect().await?;
+    let options = Subscribed { group: asked.group, ..Subscribed::default() };
+    let mut subscription = twinspan.subscribe(&asked.pattern, options).await?;
     eprintln!("Answering {}. Ctrl-C ends.", asked.pattern);
     loop {
-        let heard = client.next().await?;
-        match (heard.kind.as_str(), &heard.reply_to) {
-            ("event", Some(reply_to)) => {
-                show(&heard, false)?;
-                let (sender, reply_to) = (client.sender(), reply_to.clone());
-                let payload = heard.payload().unwrap_or_default();
-                match (&asked.exec, &asked.payload) {
-                    (Some(command), _) => {
-                        let command = command.clone();
-                        tokio::spawn(async move {
-                            if let Err(error) = answer_by(&command, payload, &sender, &reply_to).await {
-                                eprintln!("-- not answered: {error:#}");
-                            }
-                        });
+        match subscription.next().await? {
+            Incoming::Event(event) => {
+                let (Some(reply_to), Some(sender)) = (event.heard.reply_to.clone(), subscription.sender())
+                else {
+                    continue;
+                };
+                print(format_args!("{}", shown(&event, false)))?;
+                let (command, answer) = (asked.exec.clone(), asked.payload.clone());
+                tokio::spawn(async move {
+                    let answered = match command {
+                        Some(command) => answer_by(&command, event.payload, &sender, &reply_to).await,
+                        None => {
+                            let payload = Bytes::from(answer.unwrap_or_default());
+                            let reply = Draft { payload, ..Draft::default() };
+                            sender.reply(&reply_to, &reply).await.map_err(Into::into)
+                        }
+                    };
+                    if let Err(error) = answered {
+                        eprintln!("-- not answered: {error:#}");
                     }
-                    (None, answer) => {
-                        let payload = Bytes::from(answer.clone().unwrap_or_default());
-                        sender.reply(&reply_to, &Draft { payload, ..Draft::default() }).await?;
-                    }
-                }
+                });
             }
-            ("error", _) => eprintln!("-- {}", refused(&heard)),
-            _ => {}
+            Incoming::Error(error) => eprintln!("-- {}: {}", error.code, error.message),
+            Incoming::Gap { .. } | Incoming::Info(_) => {}
         }
     }
 }
 
-async fn answer_by(command: &str, request: Vec<u8>, sender: &Sender, reply_to: &str) -> Result<()> {
+async fn answer_by(command: &str, request: Bytes, sender: &Sender, reply_to: &str) -> Result<()> {
     let mut child = Command::new("sh")
         .args(["-c", command])
         .stdin(Stdio::piped())
@@ -238,17 +251,4 @@ async fn answer_by(command: &str, request: Vec<u8>, sender: &Sender, reply_to: &
         bail!("the command ended with {}", output.status);
     }
     Ok(sender.reply(reply_to, &Draft { payload: output.stdout.into(), ..Draft::default() }).await?)
-}
-
-fn refused(heard: &Heard) -> String {
-    heard
-        .error
-        .as_ref()
-        .map_or("an error without a word".into(), |error| format!("{}: {}", error.code, error.message))
-}
-
-/// Prints a line; a reader that has gone (`| head`) ends the command without a panic.
-fn print(line: std::fmt::Arguments<'_>) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).context("writing to standard output")
 }

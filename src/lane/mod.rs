@@ -69,7 +69,7 @@ pub fn install_crypto() {
 #[cfg(test)]
 mod testing {
     use crate::message::Lane;
-    use crate::policy::table::{Declare, Overflow, Retention, Route, Template};
+    use crate::policy::table::{Declare, Overflow, Redelivery, Retention, Route, Template};
     use crate::topic::Pattern;
 
     /// An ephemeral route as a test needs one.
@@ -87,6 +87,7 @@ mod testing {
             overflow: Overflow::DropOldest,
             retention: Retention::default(),
             declare: Declare::Auto,
+            redelivery: Redelivery::default(),
             max_payload: None,
         }
     }

@@ -3,6 +3,7 @@
 //! One value, shown twice: as text to people at a terminal, as JSON to programs.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -111,6 +112,7 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
         shown("topic", json!(route.pattern.as_str())),
         shown("lane", json!(route.lane.as_str())),
     ];
+    let dead_letter = route.redelivery.dead_letter.as_ref();
     match route.lane {
         Lane::Ephemeral => rows.extend([
             shown("nats", json!(route.nats.to_string())),
@@ -124,6 +126,10 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
             shown("outage", json!("reject")),
             shown("retention", retention(route.retention)),
             shown("declare", declare(route.declare)),
+            shown("ack_timeout", json!(route.redelivery.ack_timeout.map(units::show_duration))),
+            shown("max_deliveries", json!(dead_letter.map(|dead_letter| dead_letter.max_deliveries))),
+            shown("backoff", backoff(&route.redelivery.backoff)),
+            shown("dead_letter", json!(dead_letter.map(|dead_letter| dead_letter.topic.to_string()))),
         ]),
     }
     rows.push(shown("max_payload", json!(route.max_payload.map(|bytes| units::show_size(bytes as u64)))));
@@ -149,6 +155,11 @@ fn retention(retention: Retention) -> Value {
     said.extend(retention.age.map(|age| ("age".to_owned(), json!(units::show_duration(age)))));
     said.extend(retention.size.map(|size| ("size".to_owned(), json!(units::show_size(size)))));
     if said.is_empty() { Value::Null } else { Value::Object(said) }
+}
+
+fn backoff(waits: &[Duration]) -> Value {
+    let waits: Vec<_> = waits.iter().map(|wait| units::show_duration(*wait)).collect();
+    if waits.is_empty() { Value::Null } else { json!(waits) }
 }
 
 /// Where the precedence of two patterns that match one topic parts.
@@ -203,6 +214,7 @@ fn said(value: &Value) -> String {
     match value {
         Value::Null => "none".to_owned(),
         Value::String(text) => text.clone(),
+        Value::Array(list) => list.iter().map(said).collect::<Vec<_>>().join(", "),
         Value::Object(map) => {
             let said: Vec<_> = map.iter().map(|(name, value)| format!("{name} {}", said(value))).collect();
             said.join(", ")

@@ -22,6 +22,8 @@ pub enum TemplateError {
     NotWhole(String),
     #[error("in {0:?} what stands beside {{topic}} is no name: {1}")]
     Token(String, TopicError),
+    #[error("{0:?} is the topic itself: put a name before it, such as \"dlq.{{topic}}\"")]
+    Itself(String),
     #[error("{0:?} is no Pulsar topic: write \"persistent://tenant/namespace/{{topic}}\"")]
     NotPulsar(String),
 }
@@ -53,6 +55,17 @@ pub fn pulsar(text: &str) -> Result<Template, TemplateError> {
     }
     check_beside(text, local, after)?;
     template(text)
+}
+
+/// A template for the topics of dead letters, such as `dlq.{topic}`.
+pub fn dead_letter(text: &str) -> Result<Template, TemplateError> {
+    match split(text)? {
+        ("", "") => Err(TemplateError::Itself(text.to_owned())),
+        (before, after) => {
+            check_beside(text, before, after)?;
+            template(text)
+        }
+    }
 }
 
 /// Whether a topic of one pattern and another topic of the other can get the same name at the broker.

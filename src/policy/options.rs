@@ -1,6 +1,7 @@
 //! The options of a route: which there are, for which lane, and how each value is read.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use toml_edit::Item;
 
@@ -13,10 +14,12 @@ pub const HISTORY_DEFAULT: usize = 100;
 pub const HISTORY_MAX: usize = 10_000;
 pub const QUEUE_DEFAULT: usize = 100;
 pub const QUEUE_MAX: usize = 10_000;
+pub const MAX_DELIVERIES_MAX: usize = 10_000;
+const BACKOFFS_MAX: usize = 32;
 const NAME_BYTES_MAX: usize = 128;
 
 /// Which lane an option is for; `None`: both.
-pub const OPTIONS: [(&str, Option<Lane>); 13] = [
+pub const OPTIONS: [(&str, Option<Lane>); 17] = [
     ("name", None),
     ("topic", None),
     ("lane", None),
@@ -30,16 +33,16 @@ pub const OPTIONS: [(&str, Option<Lane>); 13] = [
     ("outage", Some(Lane::Durable)),
     ("retention", Some(Lane::Durable)),
     ("declare", Some(Lane::Durable)),
+    ("ack_timeout", Some(Lane::Durable)),
+    ("max_deliveries", Some(Lane::Durable)),
+    ("backoff", Some(Lane::Durable)),
+    ("dead_letter", Some(Lane::Durable)),
 ];
 
 const NO_AUTHENTICATION: &str = "no authentication is configured in this build, so nobody has rights: leave it out, everyone who may connect may";
 /// Options of the contract that this build cannot honor, and what holds instead.
-pub const NOT_IN_THIS_BUILD: [(&str, &str); 10] = [
+pub const NOT_IN_THIS_BUILD: [(&str, &str); 6] = [
     ("live", "lane = \"both\" is not in this build: leave it out"),
-    ("ack_timeout", "not in this build: a delivery is held until its member acknowledges it or leaves"),
-    ("max_deliveries", "not in this build: a message is delivered until a member acknowledges it"),
-    ("backoff", "not in this build: what a member gives back comes again after the delay it asked for"),
-    ("dead_letter", "not in this build: a message is delivered until a member acknowledges it"),
     ("dedup_window", "not in this build: a message published twice is stored twice, with the same id"),
     ("schema", "not in this build: payloads are not looked into"),
     ("rate", "not in this build: nobody is slowed down by a rate"),
@@ -82,6 +85,27 @@ pub fn size(item: &Item) -> Result<u64, String> {
         0 => Err("with no room at all nothing would fit".to_owned()),
         bytes => Ok(bytes),
     }
+}
+
+pub fn duration(item: &Item) -> Result<Duration, String> {
+    units::parse_duration(text(item)?).map_err(|e| e.to_string())
+}
+
+pub fn ack_timeout(item: &Item) -> Result<Duration, String> {
+    match duration(item)? {
+        timeout if timeout.is_zero() => {
+            Err("with no time at all nobody could acknowledge anything".to_owned())
+        }
+        timeout => Ok(timeout),
+    }
+}
+
+pub fn backoff(item: &Item) -> Result<Vec<Duration>, String> {
+    let array =
+        item.as_array().filter(|array| (1..=BACKOFFS_MAX).contains(&array.len())).ok_or_else(|| {
+            format!("expected a list of 1 to {BACKOFFS_MAX} durations such as [\"1s\", \"5s\", \"30s\"]")
+        })?;
+    array.iter().map(|value| duration(&Item::Value(value.clone()))).collect()
 }
 
 pub fn name(item: &Item) -> Result<Arc<str>, String> {

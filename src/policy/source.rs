@@ -13,7 +13,9 @@ use toml_edit::{Item, TableLike};
 
 use super::naming;
 use super::options::{self, text};
-use super::table::{Declare, Overflow, Retention, Route, RouteTable, Template, Written};
+use super::table::{
+    DeadLetter, Declare, Overflow, Redelivery, Retention, Route, RouteTable, Template, Written,
+};
 use crate::message::Lane;
 use crate::origin::{Origin, Problem, Source, nearest};
 use crate::topic::Pattern;
@@ -23,7 +25,8 @@ use crate::units;
 pub fn read(path: &Path, text: &str) -> Result<RouteTable, Vec<Problem>> {
     let source = Source::parse(path, text).map_err(|problem| vec![problem])?;
     let mut problems = Vec::new();
-    let drafts = drafts(&source, &mut problems);
+    let mut drafts = drafts(&source, &mut problems);
+    drafts.extend(implied(&drafts, &mut problems));
     check_pairs(&drafts, &mut problems);
     if drafts.is_empty() && problems.is_empty() {
         let message = "there is no route in this file, so every message would be refused: write a [[route]] \
@@ -106,6 +109,7 @@ impl<'a> Reader<'a> {
         let overflow = self.optional("overflow", options::overflow);
         let retention = self.retention();
         let declare = self.optional("declare", options::declare);
+        let redelivery = self.redelivery();
         let max_payload =
             self.optional("max_payload", |item| options::size(item).map(|bytes| bytes as usize));
 
@@ -123,6 +127,7 @@ impl<'a> Reader<'a> {
             overflow: overflow.unwrap_or(Overflow::DropOldest),
             retention,
             declare: declare.unwrap_or(Declare::Auto),
+            redelivery,
             max_payload,
         };
         Some(Draft { route, written: self.written, lane_known: lane.is_some() })
@@ -151,6 +156,31 @@ impl<'a> Reader<'a> {
             }
         });
         Retention { age, size: inner.optional("size", options::size) }
+    }
+
+    fn redelivery(&mut self) -> Redelivery {
+        let max_deliveries = self.optional("max_deliveries", |item| {
+            options::count(item, 1, options::MAX_DELIVERIES_MAX).map(|count| count as u32)
+        });
+        let topic =
+            self.optional("dead_letter", |item| naming::dead_letter(text(item)?).map_err(|e| e.to_string()));
+        for (one, other, why) in [
+            ("max_deliveries", "dead_letter = \"dlq.{topic}\"", "what nobody acknowledges would be lost"),
+            ("dead_letter", "max_deliveries = 5", "nothing would ever get there"),
+        ] {
+            let (needed, _) = other.split_once(' ').unwrap_or((other, ""));
+            if self.table.contains_key(one) && !self.table.contains_key(needed) {
+                let message = format!("{one}: without {needed} {why}: write {other} as well, or another");
+                self.problems.push(Problem::new(self.place(one), message));
+            }
+        }
+        Redelivery {
+            ack_timeout: self.optional("ack_timeout", options::ack_timeout),
+            backoff: self.optional("backoff", options::backoff).unwrap_or_default(),
+            dead_letter: topic
+                .zip(max_deliveries)
+                .map(|(topic, max_deliveries)| DeadLetter { topic, max_deliveries }),
+        }
     }
 
     fn refuse_unknown(&mut self, known: &[&str]) {
@@ -207,6 +237,67 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// The routes of the dead letters that no written route stores. They are there so that a dead-letter topic is a topic
+/// like any other: it is subscribed to, explained and found. A written durable route whose pattern covers them and that
+/// has no dead letters of its own is theirs (`dlq.>`, with its own retention); a written one for some of them goes before
+/// the implied one by precedence.
+fn implied(written: &[Draft], problems: &mut Vec<Problem>) -> Vec<Draft> {
+    let mut implied = Vec::new();
+    for draft in written {
+        let Some(dead_letter) = &draft.route.redelivery.dead_letter else { continue };
+        let at = draft.written.options.get("dead_letter").unwrap_or(&draft.written.route).clone();
+        let pattern = match Pattern::parse(&dead_letter.topic.apply(draft.route.pattern.as_str())) {
+            Ok(pattern) => pattern,
+            Err(error) => {
+                let message =
+                    format!("dead_letter: the dead letters of \"{}\": {error}", draft.route.pattern);
+                problems.push(Problem::new(at, message));
+                continue;
+            }
+        };
+        let by_precedence = |a: &&Draft, b: &&Draft| a.route.pattern.precedence(&b.route.pattern);
+        let stores = |other: &&Draft| {
+            let route = &other.route;
+            let is_theirs = route.pattern == pattern
+                || route.pattern.covers(&pattern) && route.redelivery.dead_letter.is_none();
+            route.lane == Lane::Durable && is_theirs
+        };
+        let theirs = written.iter().filter(stores).min_by(by_precedence);
+        let stored = theirs.map_or(&pattern, |theirs| &theirs.route.pattern);
+        let mut lost = written.iter().filter(|other| {
+            let ahead = other.route.pattern.precedence(stored).is_le();
+            other.lane_known
+                && other.route.lane == Lane::Ephemeral
+                && ahead
+                && other.route.pattern.overlaps(&pattern)
+        });
+        if let Some(lost) = lost.next() {
+            let message = format!(
+                "dead_letter: the dead letters would take the ephemeral route at {} and be lost: change its topic, or \
+                 this template",
+                lost.written.options.get("topic").unwrap_or(&lost.written.route),
+            );
+            problems.push(Problem::new(at, message));
+        } else if theirs.is_none() {
+            let route = Route {
+                name: format!("{}.dead_letter", draft.route.name).into(),
+                pattern,
+                retention: Retention::default(),
+                declare: Declare::Auto,
+                redelivery: Redelivery::default(),
+                max_payload: None,
+                ..draft.route.clone()
+            };
+            let options = ["name", "topic", "lane"].map(|name| (name, at.clone()));
+            let mut options: std::collections::BTreeMap<_, _> = options.into();
+            options.extend(draft.written.options.get("pulsar").map(|at| ("pulsar", at.clone())));
+            let written = Written { route: at, options };
+            implied.push(Draft { route, written, lane_known: draft.lane_known });
+        }
+    }
+    implied
+}
+
 fn check_pairs(drafts: &[Draft], problems: &mut Vec<Problem>) {
     for (at, later) in drafts.iter().enumerate() {
         for earlier in &drafts[..at] {
@@ -258,6 +349,7 @@ fn conflict(later: &Draft, earlier: &Draft) -> Option<Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::topic::Topic;
 
     fn problems(text: &str) -> Vec<String> {
         let found = read(Path::new("r.toml"), text).err().unwrap_or_default();
@@ -351,7 +443,40 @@ mod tests {
             ("durable", "retention.age = \"0s\"", "age: with no age at all"),
             ("durable", "declare = \"must\"", "declare: expected \"auto\" or \"required\", found \"must\""),
             ("durable", "outage = \"spool\"", "outage: \"spool\" is not in this build"),
-            ("durable", "ack_timeout = \"30s\"", "ack_timeout: not in this build"),
+            ("durable", "ack_timeout = \"0s\"", "ack_timeout: with no time at all"),
+            ("durable", "backoff = \"1s\"", "backoff: expected a list of 1 to 32 durations"),
+            ("durable", "backoff = []", "backoff: expected a list of 1 to 32 durations"),
+            ("durable", "backoff = [\"1\"]", "backoff: \"1\" is no duration"),
+            (
+                "durable",
+                "max_deliveries = 3",
+                "max_deliveries: without dead_letter what nobody acknowledges would be lost: write dead_letter = \"dlq.",
+            ),
+            (
+                "durable",
+                "dead_letter = \"dlq.{topic}\"",
+                "dead_letter: without max_deliveries nothing would ever get there: write max_deliveries = 5",
+            ),
+            (
+                "durable",
+                "dead_letter = \"{topic}\"; max_deliveries = 3",
+                "dead_letter: \"{topic}\" is the topic itself",
+            ),
+            (
+                "durable",
+                "dead_letter = \"dlq\"; max_deliveries = 3",
+                "dead_letter: \"dlq\" must hold {topic} exactly once",
+            ),
+            (
+                "durable",
+                "dead_letter = \"{topic}.dlq\"; max_deliveries = 3",
+                "dead_letter: the dead letters of \"a.>\": `>` stands for the rest",
+            ),
+            (
+                "ephemeral",
+                "backoff = [\"1s\"]",
+                "backoff is an option of a durable route, and r.toml:3 says lane =",
+            ),
             ("durable", "rate = \"500/s\"", "rate: not in this build"),
             (
                 "durable",
@@ -362,7 +487,8 @@ mod tests {
             ("fast", "", "lane: expected \"ephemeral\" or \"durable\", found \"fast\""),
         ];
         for (lane, line, expected) in table {
-            let found = problems(&format!("[[route]]\ntopic = \"a.>\"\nlane = \"{lane}\"\n{line}\n"));
+            let lines = line.replace("; ", "\n");
+            let found = problems(&format!("[[route]]\ntopic = \"a.>\"\nlane = \"{lane}\"\n{lines}\n"));
             let at = if line.is_empty() { 3 } else { 4 };
             assert_eq!(found.len(), 1, "{line}: {found:?}");
             assert!(found[0].starts_with(&format!("r.toml:{at}: {expected}")), "{line}: {found:?}");
@@ -419,5 +545,82 @@ mod tests {
         }
         assert!(two("topic = \">\"", acme)[0].contains("those of the route at r.toml:1 are"));
         assert_eq!(two("topic = \"a.>\"", acme), Vec::<String>::new());
+    }
+
+    /// `a.>` with dead letters at line 4, and what is written behind it.
+    fn with_dead_letters(behind: &str) -> Result<RouteTable, Vec<Problem>> {
+        let text = "[[route]]\ntopic = \"a.>\"\nlane = \"durable\"\ndead_letter = \"dlq.{topic}\"\nmax_deliveries = 5\n\
+                    pulsar = \"persistent://acme/eu/{topic}\"\nretention.age = \"1d\"\n";
+        super::read(Path::new("r.toml"), &format!("{text}{behind}"))
+    }
+
+    #[test]
+    fn dead_letters_have_a_durable_route_beside_the_one_they_come_from() {
+        let table = with_dead_letters("").unwrap();
+        let route = table.route_for(&Topic::parse("dlq.a.b").unwrap()).unwrap();
+        assert_eq!(
+            (&*route.name, route.pattern.as_str(), route.lane),
+            ("a.>.dead_letter", "dlq.a.>", Lane::Durable)
+        );
+        assert_eq!(route.pulsar.apply("dlq.a.b"), "persistent://acme/eu/dlq.a.b");
+        assert_eq!((route.retention, &route.redelivery), (Retention::default(), &Redelivery::default()));
+        let (_, written) = table.entries().find(|(other, _)| *other == route).unwrap();
+        assert_eq!(
+            (written.route.to_string(), written.options["topic"].to_string()),
+            ("r.toml:4".into(), "r.toml:4".into())
+        );
+        let origin = table.route_for(&Topic::parse("a.b").unwrap()).unwrap();
+        assert_eq!(origin.redelivery.dead_letter.as_ref().unwrap().max_deliveries, 5);
+    }
+
+    #[test]
+    fn a_written_durable_route_takes_the_dead_letters_and_an_ephemeral_one_that_would_is_refused() {
+        let table = [
+            ("dlq.a.>", "durable", Ok("written")),
+            ("dlq.>", "durable", Ok("written")),
+            ("dlq.a.b", "durable", Ok("written")),
+            ("dlq.a.c", "durable", Ok("a.>.dead_letter")),
+            (">", "ephemeral", Ok("a.>.dead_letter")),
+            ("*.a.b", "ephemeral", Ok("a.>.dead_letter")),
+            ("dlq.a.>", "ephemeral", Err(())),
+            ("dlq.a.*", "ephemeral", Err(())),
+            ("dlq.*.>", "ephemeral", Ok("a.>.dead_letter")),
+        ];
+        for (topic, lane, expected) in table {
+            let read = with_dead_letters(&format!(
+                "[[route]]\nname = \"written\"\ntopic = \"{topic}\"\nlane = \"{lane}\"\n"
+            ));
+            match (read, expected) {
+                (Ok(table), Ok(name)) => {
+                    let route = table.route_for(&Topic::parse("dlq.a.b").unwrap()).unwrap();
+                    assert_eq!((&*route.name, route.lane), (name, Lane::Durable), "{topic} {lane}");
+                }
+                (Err(problems), Err(())) => {
+                    assert_eq!(problems.len(), 1, "{topic}: {problems:?}");
+                    let told = problems[0].to_string();
+                    assert!(
+                        told.starts_with("r.toml:4: dead_letter: the dead letters would take the ephemeral")
+                    );
+                    assert!(told.contains("r.toml:10 and be lost"), "{told}");
+                }
+                (read, _) => panic!("{topic} {lane}: {read:?}"),
+            }
+        }
+        // Those of a catch-all do not become its own: they would go round for ever.
+        let all = "[[route]]\ntopic = \">\"\nlane = \"durable\"\nmax_deliveries = 2\ndead_letter = \"dead.{topic}\"\n";
+        let table = with_dead_letters(all).unwrap();
+        for (topic, route) in [("dlq.a.b", "a.>.dead_letter"), ("dead.x", ">.dead_letter")] {
+            assert_eq!(&*table.route_for(&Topic::parse(topic).unwrap()).unwrap().name, route);
+        }
+    }
+
+    #[test]
+    fn dead_letters_that_would_be_another_routes_pulsar_topics_are_refused_with_both_lines() {
+        let acme =
+            "[[route]]\ntopic = \"a.>\"\nlane = \"durable\"\npulsar = \"persistent://acme/eu/dlq.{topic}\"\n";
+        let problems = with_dead_letters(&acme.replace("a.>", "a.b")).unwrap_err();
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        let told = problems[0].to_string();
+        assert!(told.contains("two topics would be one Pulsar topic") && told.contains("r.toml:"), "{told}");
     }
 }

@@ -29,6 +29,7 @@ pub struct Route {
     pub overflow: Overflow,
     pub retention: Retention,
     pub declare: Declare,
+    pub redelivery: Redelivery,
     /// The largest payload in bytes; the connection's limit holds besides.
     pub max_payload: Option<usize>,
 }
@@ -55,7 +56,26 @@ pub struct Retention {
     pub size: Option<u64>,
 }
 
-/// A broker's name for a topic: `{topic}` and what stands around it.
+/// What becomes of a message that a group's members do not acknowledge.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Redelivery {
+    /// How long a member may hold a delivery. `None`: until it settles it or leaves.
+    pub ack_timeout: Option<Duration>,
+    /// How long what was given back waits: after the first attempt, after the second, and so on; the last repeats.
+    pub backoff: Vec<Duration>,
+    /// `None`: it is handed out until a member acknowledges it.
+    pub dead_letter: Option<DeadLetter>,
+}
+
+/// Where a message goes that nobody acknowledges.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetter {
+    pub topic: Template,
+    /// How often it is handed out before that.
+    pub max_deliveries: u32,
+}
+
+/// A name made of a topic, at a broker or as another topic: `{topic}` and what stands around it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
     before: Arc<str>,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
@@ -18,6 +18,8 @@ use crate::wire::json::refused_name;
 
 /// How long a report waits for a lane's round trip.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long deleting a group may take.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub fn routes() -> Router<Arc<App>> {
     Router::new()
@@ -30,10 +32,11 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/explain/{topic}", get(explain))
         .route("/reload", post(reload))
         .route("/connections", get(connections))
+        .route("/topics/{topic}/groups/{group}", delete(delete_group))
 }
 
 async fn index() -> &'static str {
-    "twinspan, for operators: /metrics /health /livez /readyz /routes /explain/{topic} /connections, POST /reload\n"
+    "twinspan, for operators: /metrics /health /livez /readyz /routes /explain/{topic} /connections, POST /reload, DELETE /topics/{topic}/groups/{group}\n"
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -128,6 +131,21 @@ async fn reload(State(app): State<Arc<App>>) -> Response {
                                "problems": problems});
             (StatusCode::BAD_REQUEST, Json(error)).into_response()
         }
+    }
+}
+
+/// Deletes a group: its messages stay, what it had acknowledged is forgotten.
+async fn delete_group(
+    State(app): State<Arc<App>>,
+    Path((name, group)): Path<(String, String)>,
+) -> Result<StatusCode, Fault> {
+    let topic = Topic::parse(&name).map_err(refused_name)?;
+    match tokio::time::timeout(DELETE_TIMEOUT, app.bridge.delete_group(&topic, &group)).await {
+        Ok(deleted) => deleted.map(|()| StatusCode::NO_CONTENT),
+        Err(_) => Err(Fault::new(
+            Code::OutcomeUnknown,
+            format!("no answer within {DELETE_TIMEOUT:?}; the group may or may not be deleted"),
+        )),
     }
 }
 

@@ -101,6 +101,12 @@ impl Running {
             let Ok(everything) = Pattern::parse(">") else { return };
             _ = until.run_until_cancelled(bridge.discovery.run(everything)).await;
         });
+        let (bridge, until) = (app.bridge.clone(), stop_admin.clone());
+        tasks.spawn(async move {
+            let looking =
+                bridge.groups.run(bridge.durable.clone(), bridge.policy.clone(), bridge.metrics.clone());
+            _ = until.run_until_cancelled(looking).await;
+        });
         tasks.spawn(watching.watch(stop_admin.clone()));
         Ok(Self { listen, admin, app, stop, stop_admin, tasks })
     }

@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use super::app::App;
 use crate::bridge::catalog::Known;
 use crate::bridge::fault;
-use crate::lane::contract::Publisher;
-use crate::message::{Draft, Envelope, Headers, Lane, Start, Timestamp};
+use crate::lane::contract::{GroupReport, Publisher};
+use crate::message::{Draft, Envelope, GroupMode, Headers, Lane, Start, Timestamp};
 use crate::policy::table::Route;
 use crate::topic::{Pattern, Topic};
 use crate::wire;
@@ -85,7 +85,7 @@ async fn list(State(app): State<Arc<App>>) -> Json<Value> {
     let table = app.bridge.policy.table();
     let described = app.bridge.catalog.list().into_iter().filter_map(|known| {
         let route = table.route_for(&known.topic)?.clone();
-        Some(described(&app, known, route))
+        Some(described(&app, known, route, false))
     });
     let topics: Vec<_> = stream::iter(described).buffered(BACKLOGS_AT_ONCE).collect().await;
     Json(json!({ "topics": topics }))
@@ -97,23 +97,34 @@ async fn show(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<J
     let known = app.bridge.catalog.get(&topic).ok_or_else(unknown)?;
     let table = app.bridge.policy.table();
     let route = table.route_for(&topic).ok_or_else(unknown)?;
-    Ok(Json(described(&app, known, route.clone()).await))
+    Ok(Json(described(&app, known, route.clone(), true).await))
 }
 
-async fn described(app: &App, known: Known, route: Arc<Route>) -> Value {
+/// `in_full` tells of each group.
+async fn described(app: &App, known: Known, route: Arc<Route>, in_full: bool) -> Value {
     let mut topic = json!({
         "name": known.topic.as_str(), "lane": route.lane.as_str(), "route": &*route.name,
         "messages": known.messages, "subscribers": known.subscribers,
     });
     if route.lane == Lane::Durable {
         let groups = app.bridge.durable.groups(&route, &known.topic);
-        topic["backlog"] = match tokio::time::timeout(BACKLOG_TIMEOUT, groups).await {
-            Ok(Ok(groups)) => groups.iter().map(|group| group.backlog).max().unwrap_or(0).into(),
-            // The topic is there all the same; its lane cannot say now.
-            _ => Value::Null,
-        };
+        // Where its lane cannot say now the topic is there all the same.
+        let groups = tokio::time::timeout(BACKLOG_TIMEOUT, groups).await.ok().and_then(Result::ok);
+        topic["backlog"] =
+            json!(groups.as_ref().map(|groups| groups.iter().map(|group| group.backlog).max().unwrap_or(0)));
+        if in_full {
+            topic["groups"] = json!(groups.map(|groups| groups.iter().map(standing).collect::<Vec<_>>()));
+        }
     }
     topic
+}
+
+fn standing(group: &GroupReport) -> Value {
+    json!({
+        "group": group.name, "mode": group.mode.map(GroupMode::as_str), "members": group.members,
+        "backlog": group.backlog, "unacked": group.unacked,
+        "oldest_age_ms": group.oldest.map(|oldest| oldest.age().as_millis() as u64),
+    })
 }
 
 async fn delete(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<StatusCode, Fault> {

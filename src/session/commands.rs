@@ -3,21 +3,24 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::deliveries::Settlement;
 use super::feeds::{discover, follow, take_part};
 use super::outbox::Item;
 use super::reader::Reader;
+use super::shared::Shared;
 use super::subscription::{Subscription, plan};
-use crate::bridge::{Bridge, Outcome, Published};
-use crate::lane::contract::{Member, Publisher};
+use crate::bridge::delivery::GroupMember;
+use crate::bridge::{Outcome, Published};
+use crate::lane::contract::Publisher;
 use crate::lane::follow::Follow;
 use crate::message::{Draft, Envelope, Lane, Position, Start, Timestamp};
 use crate::policy::table::Route;
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
-use crate::wire::verbs::{Ack, Command, Event, Group, Info, LAST_N_MAX, Subscribe};
+use crate::wire::verbs::{Accepted, Ack, Command, Event, Group, Info, LAST_N_MAX, Subscribe};
 
 type RequestId = Option<Arc<str>>;
 
@@ -30,6 +33,9 @@ impl Reader {
         match command {
             Command::Publish { topic, draft, confirm } => {
                 self.publish(request_id, topic, draft, confirm).await
+            }
+            Command::PublishMany { topic, drafts, confirm } => {
+                self.publish_many(request_id, topic, drafts, confirm).await
             }
             Command::Subscribe(subscribe) => self.subscribe(request_id, subscribe).await,
             Command::Unsubscribe { pattern, group } => self.unsubscribe(request_id, pattern, group),
@@ -72,9 +78,9 @@ impl Reader {
                         format!("`{pattern}` is ephemeral: group `{group}` has no place to seek in");
                     return Err(Fault::new(Code::LaneMismatch, message));
                 }
-                let bridge = self.session.bridge.clone();
+                let session = self.session.clone();
                 self.pending.push(Box::pin(async move {
-                    Some(match seek(&bridge, &pattern, &group, &start).await {
+                    Some(match seek(&session, &pattern, &group, &start).await {
                         Ok(()) => {
                             let ack = Ack {
                                 request_id,
@@ -140,9 +146,66 @@ impl Reader {
         Ok(())
     }
 
+    /// Gives each message its place in line, in their order, then waits for all of them at once: so the lane can batch
+    /// them. One that is refused stands in nobody's way; one that the lane cannot take now ends the list, because
+    /// each of those behind it could wait as long as the first one did.
+    async fn publish_many(
+        &mut self,
+        request_id: RequestId,
+        topic: Topic,
+        drafts: Vec<Result<Draft, Fault>>,
+        confirm: bool,
+    ) -> Result<(), Fault> {
+        let bridge = self.session.bridge.clone();
+        let lane = bridge.may_publish(&topic)?;
+        let (publisher, max_message) = (Publisher(self.session.id), self.settings.max_message);
+        let places = async {
+            let mut outcomes = Vec::with_capacity(drafts.len());
+            let mut ended = None;
+            for draft in drafts {
+                let outcome =
+                    match (draft.and_then(|draft| fits(&draft, max_message).map(|()| draft)), &ended) {
+                        (Ok(draft), None) => bridge.publish(&topic, draft, publisher).await,
+                        (Ok(_), Some(fault)) => Err(Fault::clone(fault)),
+                        (Err(fault), _) => Err(fault),
+                    };
+                if let Err(fault) = &outcome
+                    && matches!(fault.code, Code::LaneUnavailable | Code::OutcomeUnknown)
+                {
+                    let message = format!("not tried, a message before it failed: {}", fault.message);
+                    ended.get_or_insert(Fault::new(Code::LaneUnavailable, message));
+                }
+                outcomes.push(outcome);
+            }
+            outcomes
+        };
+        let outcomes = self.while_answering(places).await;
+        let under_way = self.listed.under_way(outcomes.len());
+        self.pending.push(Box::pin(async move {
+            let results = outcomes.into_iter().map(|outcome| async {
+                let published = outcome?.known().await?;
+                Ok(Accepted { message_id: published.id, position: published.position, ts: published.ts })
+            });
+            let results: Vec<Result<Accepted, Fault>> = join_all(results).await;
+            drop(under_way);
+            (confirm || results.iter().any(Result::is_err)).then(|| {
+                let results = results.into_iter().map(|result| result.map_err(Fault::shortened)).collect();
+                let ack = Ack {
+                    request_id,
+                    topic: Some(topic.into()),
+                    lane: Some(lane),
+                    ts: Timestamp::now(),
+                    results,
+                    ..Ack::default()
+                };
+                Item::from(Event::Ack(ack.into()))
+            })
+        }));
+        Ok(())
+    }
+
     fn fits(&self, draft: &Draft) -> Result<(), Fault> {
-        let (size, max) = (draft.payload.len(), self.settings.max_message);
-        if size > max { Err(Fault::too_large(size, max)) } else { Ok(()) }
+        fits(draft, self.settings.max_message)
     }
 
     fn settle(&mut self, request_id: RequestId, numbers: Vec<u64>, settlement: Settlement) {
@@ -312,6 +375,11 @@ impl Reader {
     }
 }
 
+fn fits(draft: &Draft, max: usize) -> Result<(), Fault> {
+    let size = draft.payload.len();
+    if size > max { Err(Fault::too_large(size, max)) } else { Ok(()) }
+}
+
 /// A subscription that has its place in every lane it takes, and has brought nothing yet.
 struct Opened {
     history: Vec<(Arc<Route>, Arc<Envelope>)>,
@@ -324,7 +392,7 @@ struct Opened {
 struct Membership {
     topic: Topic,
     route: Arc<Route>,
-    member: Box<dyn Member>,
+    member: GroupMember,
 }
 
 async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, Fault> {
@@ -379,16 +447,40 @@ async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, F
     Ok(opened)
 }
 
-/// Moves a group on each topic that the pattern has now.
-async fn seek(bridge: &Bridge, pattern: &Pattern, group: &str, start: &Start) -> Result<(), Fault> {
+/// Moves a group on each topic of the pattern that has it now. What this connection held of it there is forgotten.
+async fn seek(session: &Shared, pattern: &Pattern, group: &str, start: &Start) -> Result<(), Fault> {
+    let bridge = &session.bridge;
     let topics = match pattern.topic() {
         Some(topic) => vec![topic],
         None => bridge.durable.topics(pattern).await.map_err(crate::bridge::fault)?,
     };
-    for topic in topics {
-        bridge.seek(&topic, group, start.for_topic(&topic)).await?;
+    let seeks = stream::iter(topics).map(async |topic| {
+        // What comes after the group has gone elsewhere is not forgotten with what came before.
+        let newest = session.deliveries.newest();
+        match bridge.seek(&topic, group, start.for_topic(&topic)).await {
+            Ok(()) => {
+                session.deliveries.forget_group(&topic, group, newest);
+                Ok(true)
+            }
+            Err(fault) if fault.code == Code::BadRequest && !bridge.has_group(&topic, group).await? => {
+                Ok(false)
+            }
+            Err(fault) => Err(Fault::new(fault.code, format!("seeking in `{topic}`: {}", fault.message))),
+        }
+    });
+    let sought: Vec<Result<bool, Fault>> = seeks.buffer_unordered(OPENINGS_MAX).collect().await;
+    let moved = sought.iter().filter(|sought| matches!(sought, Ok(true))).count();
+    match sought.into_iter().find_map(Result::err) {
+        Some(fault) if moved > 0 => {
+            let message = format!("{}; on {moved} other topics group `{group}` has moved", fault.message);
+            Err(Fault::new(fault.code, message))
+        }
+        Some(fault) => Err(fault),
+        None if moved == 0 => {
+            Err(Fault::bad_request(format!("there is no group `{group}` on `{pattern}`: nothing was moved")))
+        }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn join(

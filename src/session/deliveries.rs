@@ -1,21 +1,38 @@
-//! What this connection holds of its groups: each delivery has a number, until it is acknowledged.
+//! What this connection holds of its groups: each delivery has a number, until it is settled or held too long.
+//!
+//! One timer serves all of them, however many are held: it waits for the first that is due.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+use tracing::debug;
+
+use crate::bridge::delivery::GroupMember;
 use crate::bridge::fault;
-use crate::lane::contract::{Member, Tag};
+use crate::lane::contract::Tag;
 use crate::session::outbox::SubscriptionNo;
+use crate::topic::Topic;
 use crate::wire::code::{Code, Fault};
 
 #[derive(Default)]
-pub struct Deliveries(Mutex<Numbered>);
+pub struct Deliveries {
+    numbered: Mutex<Numbered>,
+    /// Something is due earlier than the timer knows.
+    earlier: Notify,
+}
 
 #[derive(Default)]
 struct Numbered {
     last: u64,
     held: HashMap<u64, Held>,
+    /// Those of `held` that may not be held for ever.
+    due: BTreeSet<(Instant, u64)>,
+    /// Whether the timer runs.
+    timed: bool,
 }
 
 /// One subscription's place in the group of one topic; a subscription to a pattern has one for each topic.
@@ -23,14 +40,19 @@ struct Numbered {
 pub struct Membership {
     pub subscription: SubscriptionNo,
     pub number: u64,
-    pub member: Arc<dyn Member>,
+    pub member: Arc<GroupMember>,
 }
 
 #[derive(Clone)]
 struct Held {
     membership: Membership,
     tag: Tag,
+    attempt: u32,
+    due: Option<Instant>,
 }
+
+/// What one member held too long, each with its attempt.
+type Expired = (Arc<GroupMember>, Vec<(Tag, u32)>);
 
 /// What a client decides about a delivery.
 #[derive(Debug, Clone, Copy)]
@@ -42,12 +64,69 @@ pub enum Settlement {
 
 impl Deliveries {
     /// The number of one more delivery.
-    pub fn hold(&self, membership: &Membership, tag: Tag) -> u64 {
-        let mut numbered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn hold(&self, membership: &Membership, tag: Tag, attempt: u32) -> u64 {
+        let mut numbered = self.lock();
         numbered.last += 1;
         let number = numbered.last;
-        numbered.held.insert(number, Held { membership: membership.clone(), tag });
+        numbered.held.insert(number, Held { membership: membership.clone(), tag, attempt, due: None });
         number
+    }
+
+    /// A delivery may be held so long from now on. `true`: the caller has to run the timer, `expire`.
+    pub fn hold_no_longer_than(&self, number: u64, timeout: Duration) -> bool {
+        let mut numbered = self.lock();
+        let Numbered { held, due, timed, .. } = &mut *numbered;
+        // What was settled meanwhile needs no timer.
+        let Some(held) = held.get_mut(&number) else { return false };
+        let at = Instant::now() + timeout;
+        held.due = Some(at);
+        let is_first = due.first().is_none_or(|(first, _)| at < *first);
+        due.insert((at, number));
+        if is_first {
+            self.earlier.notify_one();
+        }
+        !std::mem::replace(timed, true)
+    }
+
+    /// Gives back what is held too long, as long as the connection lives. Its numbers are unknown from then on.
+    pub async fn expire(&self) {
+        let mut giving_back = FuturesUnordered::new();
+        loop {
+            let next = self.lock().due.first().map(|(at, _)| *at);
+            let is_due = async {
+                match next {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = is_due => {
+                    for (member, expired) in self.take_due() {
+                        giving_back.push(async move { (member.nack(expired, None).await, member) });
+                    }
+                }
+                () = self.earlier.notified() => {}
+                Some((given_back, member)) = giving_back.next(), if !giving_back.is_empty() => {
+                    if let Err(error) = given_back {
+                        debug!(topic = %member.topic(), %error, "What was held too long comes with the next membership.");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is due, by the member that holds it.
+    fn take_due(&self) -> Vec<Expired> {
+        let now = Instant::now();
+        let mut numbered = self.lock();
+        let mut taken: BTreeMap<u64, Expired> = BTreeMap::new();
+        while let Some((_, number)) = numbered.due.first().copied().filter(|(at, _)| *at <= now) {
+            numbered.due.pop_first();
+            let Some(Held { membership, tag, attempt, .. }) = numbered.held.remove(&number) else { continue };
+            let (_, expired) = taken.entry(membership.number).or_insert((membership.member, Vec::new()));
+            expired.push((tag, attempt));
+        }
+        taken.into_values().collect()
     }
 
     /// Returns once the lane has recorded it. What this connection does not hold is an error; the rest is settled all
@@ -55,9 +134,9 @@ impl Deliveries {
     pub async fn settle(&self, numbers: &[u64], settlement: Settlement) -> Result<(), Fault> {
         let (mut found, mut unknown) = (Vec::new(), Vec::new());
         {
-            let mut numbered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut numbered = self.lock();
             for number in numbers {
-                match numbered.held.remove(number) {
+                match numbered.remove(*number) {
                     Some(held) => found.push((*number, held)),
                     None => unknown.push(*number),
                 }
@@ -68,14 +147,19 @@ impl Deliveries {
             let (same, rest): (Vec<_>, Vec<_>) =
                 found.into_iter().partition(|(_, held)| held.membership.number == membership.number);
             found = rest;
-            let tags = same.iter().map(|(_, held)| held.tag).collect();
             let member = membership.member;
             let settled = match settlement {
-                Settlement::Ack => member.ack(tags).await,
-                Settlement::Nack(delay) => member.nack(tags, delay.unwrap_or_default()).await,
+                Settlement::Ack => member.ack(same.iter().map(|(_, held)| held.tag).collect()).await,
+                Settlement::Nack(delay) => {
+                    member.nack(same.iter().map(|(_, held)| (held.tag, held.attempt)).collect(), delay).await
+                }
             };
             if let Err(error) = settled {
-                self.0.lock().unwrap_or_else(PoisonError::into_inner).held.extend(same);
+                let mut numbered = self.lock();
+                numbered.due.extend(same.iter().filter_map(|(number, held)| Some((held.due?, *number))));
+                numbered.held.extend(same);
+                drop(numbered);
+                self.earlier.notify_one();
                 failed = Some(fault(error));
             }
         }
@@ -96,25 +180,63 @@ impl Deliveries {
         self.retain(|membership| membership.subscription != subscription);
     }
 
+    /// The newest number so far.
+    pub fn newest(&self) -> u64 {
+        self.lock().last
+    }
+
+    /// Forgets what this connection held of a group up to a number: the group has gone elsewhere.
+    pub fn forget_group(&self, topic: &Topic, group: &str, up_to: u64) {
+        let mut numbered = self.lock();
+        numbered.retain(|number, held| {
+            let member = &held.membership.member;
+            number > up_to || &**member.group() != group || member.topic() != topic
+        });
+    }
+
     /// Forgets what one membership held.
     pub fn forget(&self, membership: &Membership) {
         self.retain(|other| other.number != membership.number);
     }
 
     fn retain(&self, stays: impl Fn(&Membership) -> bool) {
-        let mut numbered = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        numbered.held.retain(|_, held| stays(&held.membership));
+        self.lock().retain(|_, held| stays(&held.membership));
     }
 
     pub fn clear(&self) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).held.clear();
+        self.lock().retain(|_, _| false);
     }
 
     pub fn len(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).held.len()
+        self.lock().held.len()
     }
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Numbered> {
+        self.numbered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Numbered {
+    fn remove(&mut self, number: u64) -> Option<Held> {
+        let held = self.held.remove(&number)?;
+        if let Some(at) = held.due {
+            self.due.remove(&(at, number));
+        }
+        Some(held)
+    }
+
+    fn retain(&mut self, stays: impl Fn(u64, &Held) -> bool) {
+        let Numbered { held, due, .. } = self;
+        held.retain(|number, held| {
+            let stays = stays(*number, held);
+            if let Some(at) = held.due.filter(|_| !stays) {
+                due.remove(&(at, *number));
+            }
+            stays
+        });
     }
 }

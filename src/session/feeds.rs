@@ -19,8 +19,9 @@ use super::deliveries::Membership;
 use super::outbox::{Item, SubscriptionNo};
 use super::shared::Shared;
 use super::subscription::Subscription;
+use crate::bridge::delivery::GroupMember;
 use crate::bridge::fault;
-use crate::lane::contract::{LaneError, Member};
+use crate::lane::contract::LaneError;
 use crate::lane::follow::{Follow, Step};
 use crate::message::{Lane, Start};
 use crate::policy::table::Route;
@@ -201,14 +202,14 @@ pub async fn take_part(
     group: Group,
     topic: Topic,
     mut route: Arc<Route>,
-    member: Box<dyn Member>,
+    member: GroupMember,
 ) {
     let session = subscription.session.clone();
     let name: Arc<str> = group.name.as_str().into();
-    let taken = |member: Box<dyn Member>| Membership {
+    let taken = |member: GroupMember| Membership {
         subscription: subscription.no,
         number: session.next_number(),
-        member: Arc::from(member),
+        member: Arc::new(member),
     };
     let mut place = taken(member);
     let mut retry = RETRY_FIRST;
@@ -218,14 +219,17 @@ pub async fn take_part(
             match place.member.next().await {
                 Ok(handed) => {
                     retry = RETRY_FIRST;
+                    let ack_timeout = place.member.ack_timeout();
                     for handed in handed {
+                        let mut number = None;
                         let item = match handed {
                             Ok(handed) => {
                                 if handed.attempt > 1 {
                                     session.bridge.metrics.redelivered(&route.name);
                                 }
-                                let number = session.deliveries.hold(&place, handed.tag);
-                                let delivery = Some(Delivery { number, attempt: handed.attempt });
+                                let held = session.deliveries.hold(&place, handed.tag, handed.attempt);
+                                number = Some(held);
+                                let delivery = Some(Delivery { number: held, attempt: handed.attempt });
                                 let group_name = name.clone();
                                 Item {
                                     event: Event::Delivered {
@@ -234,12 +238,18 @@ pub async fn take_part(
                                         delivery,
                                     },
                                     route: Some(route.clone()),
-                                    settle: group.auto_ack.then_some(number),
+                                    settle: group.auto_ack.then_some(held),
                                 }
                             }
                             Err(error) => Event::Error { request_id: None, fault: fault(error) }.into(),
                         };
                         session.outbox.push_durable(item).await;
+                        // From here on the client could have it: what waits for room is not held against it.
+                        if let Some((number, timeout)) = number.zip(ack_timeout)
+                            && session.deliveries.hold_no_longer_than(number, timeout)
+                        {
+                            session.spawn(expire(session.clone()));
+                        }
                     }
                 }
                 Err(error) => {
@@ -262,4 +272,12 @@ pub async fn take_part(
     stop.run_until_cancelled(taking).await;
     // A delivery that was numbered while the subscription ended would else keep the membership.
     session.deliveries.forget(&place);
+}
+
+/// Runs the timer of this connection's deliveries, as long as it is open.
+async fn expire(session: Arc<Shared>) {
+    tokio::select! {
+        () = session.deliveries.expire() => {}
+        () = session.outbox.closed() => {}
+    }
 }

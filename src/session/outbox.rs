@@ -57,6 +57,8 @@ struct Queue {
     /// Slots that hold nothing any more.
     empty: usize,
     bytes: usize,
+    /// What waiting acks tell of lists of messages: each result is an answer that was not read.
+    results: usize,
     /// The slots of the ephemeral events of each route, oldest first.
     droppable: Vec<(Arc<Route>, VecDeque<u64>)>,
     /// The slot of the gap that waits for a subscription.
@@ -196,7 +198,7 @@ impl Outbox {
         self.fewer_than(0).await;
     }
 
-    /// Returns once fewer than `max` frames wait, or the outbox closes.
+    /// Returns once fewer than `max` frames wait, each result of a list of messages counted as one, or the outbox closes.
     pub async fn fewer_than(&self, max: usize) {
         loop {
             let taken = self.taken.notified();
@@ -204,7 +206,7 @@ impl Outbox {
             taken.as_mut().enable();
             {
                 let queue = self.lock();
-                if queue.len() < max || queue.closing.is_some() {
+                if queue.len() + queue.results < max || queue.closing.is_some() {
                     return;
                 }
             }
@@ -231,6 +233,7 @@ impl Outbox {
         queue.first += slots.len() as u64;
         queue.empty = 0;
         queue.bytes = 0;
+        queue.results = 0;
         queue.droppable.clear();
         queue.gaps.clear();
         let closing = queue.closing;
@@ -274,6 +277,9 @@ impl Queue {
     fn append(&mut self, slot: Slot) -> u64 {
         if let Slot::Item { item, .. } = &slot {
             self.bytes += weight(&item.event);
+            if let Event::Ack(ack) = &item.event {
+                self.results += ack.results.len();
+            }
         }
         self.slots.push_back(slot);
         self.first + self.slots.len() as u64 - 1
@@ -377,6 +383,7 @@ impl Queue {
         self.slots.clear();
         self.empty = 0;
         self.bytes = 0;
+        self.results = 0;
         self.droppable.clear();
         self.gaps.clear();
         let message = format!(

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket};
@@ -30,6 +31,26 @@ const CLOSING: Duration = Duration::from_secs(1);
 /// What becomes of a command later: the frame that answers it, where there is one.
 pub type Pending = FuturesUnordered<BoxFuture<'static, Option<Item>>>;
 
+/// The messages of lists that are under way: each counts as much as a publish of its own.
+#[derive(Clone, Default)]
+pub struct Listed(Arc<AtomicUsize>);
+
+/// So many are under way until this is dropped.
+pub struct UnderWay(Listed, usize);
+
+impl Listed {
+    pub fn under_way(&self, count: usize) -> UnderWay {
+        self.0.fetch_add(count, Ordering::Relaxed);
+        UnderWay(self.clone(), count)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
 pub struct Reader {
     pub session: Arc<Shared>,
     codec: Arc<dyn Codec>,
@@ -37,6 +58,7 @@ pub struct Reader {
     stream: SplitStream<WebSocket>,
     pub subscriptions: HashMap<(Pattern, Option<String>), Arc<Subscription>>,
     pub pending: Pending,
+    pub listed: Listed,
     draining: bool,
 }
 
@@ -48,7 +70,8 @@ impl Reader {
         stream: SplitStream<WebSocket>,
     ) -> Self {
         let (subscriptions, pending) = (HashMap::new(), Pending::new());
-        Self { session, codec, settings, stream, subscriptions, pending, draining: false }
+        let listed = Listed::default();
+        Self { session, codec, settings, stream, subscriptions, pending, listed, draining: false }
     }
 
     /// Reads until the connection is to be closed: with what, or `None` where the peer closed it.
@@ -62,7 +85,8 @@ impl Reader {
             if self.draining && self.pending.is_empty() {
                 return Some(Close::GoingAway);
             }
-            let has_room = self.pending.len() < self.settings.max_inflight && !self.draining;
+            let under_way = self.pending.len() + self.listed.0.load(Ordering::Relaxed);
+            let has_room = under_way < self.settings.max_inflight && !self.draining;
             let next = async {
                 // A client that does not read is not read from.
                 session.outbox.fewer_than(self.settings.unread_max()).await;

@@ -101,7 +101,8 @@ async fn batch(
     let now = Timestamp::now();
     for item in items {
         let mut frame = codec.encode(&item.event, now);
-        if frame.len() > frame_bytes_max {
+        // An ack is our own, and bounded by the list that it answers.
+        if frame.len() > frame_bytes_max && !matches!(item.event, Event::Ack(_)) {
             *item = too_large(&item.event, frame.len(), frame_bytes_max).into();
             frame = codec.encode(&item.event, now);
         }
@@ -153,8 +154,15 @@ fn told(session: &Arc<Shared>, items: Vec<Item>) {
             }
             _ => {}
         }
-        if let Event::Error { fault, .. } = &item.event {
-            metrics.answered_error(fault.code);
+        match &item.event {
+            Event::Error { fault, .. } => metrics.answered_error(fault.code),
+            Event::Ack(ack) => {
+                ack.results
+                    .iter()
+                    .filter_map(|r| r.as_ref().err())
+                    .for_each(|f| metrics.answered_error(f.code));
+            }
+            _ => {}
         }
     }
     run.count(session);

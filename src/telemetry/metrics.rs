@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 
 use crate::message::{Lane, Timestamp};
@@ -35,6 +35,11 @@ pub struct Metrics {
     dropped_total: IntCounterVec,
     gaps_total: IntCounterVec,
     redelivered_total: IntCounterVec,
+    dead_lettered_total: IntCounterVec,
+    retries_total: IntCounterVec,
+    backlog_messages: IntGaugeVec,
+    backlog_age: GaugeVec,
+    unacked_messages: IntGaugeVec,
     queue_depth: Histogram,
     errors_total: IntCounterVec,
     reload_success: IntGauge,
@@ -104,6 +109,37 @@ impl Metrics {
                 "redelivered_total",
                 "Deliveries to group members after the first.",
                 &["route"],
+            ),
+            dead_lettered_total: counters(
+                &registry,
+                "dead_lettered_total",
+                "Messages of this route that nobody acknowledged and that were stored as dead letters.",
+                &["route"],
+            ),
+            retries_total: counters(
+                &registry,
+                "retries_total",
+                "What could not be stored and is tried again by this bridge: dead letters, by the route they come from.",
+                &["lane", "route"],
+            ),
+            backlog_messages: gauges(
+                &registry,
+                "backlog_messages",
+                "Messages that a group served here has not acknowledged.",
+                &["route", "group"],
+            ),
+            backlog_age: registered(
+                &registry,
+                GaugeVec::new(
+                    opts("backlog_age_seconds", "The age of the oldest message of a group's backlog."),
+                    &["route", "group"],
+                ),
+            ),
+            unacked_messages: gauges(
+                &registry,
+                "unacked_messages",
+                "Messages of a group's backlog that its members hold.",
+                &["route", "group"],
             ),
             queue_depth: registered(
                 &registry,
@@ -231,6 +267,30 @@ impl Metrics {
 
     pub fn redelivered(&self, route: &str) {
         self.redelivered_total.with_label_values(&[route]).inc();
+    }
+
+    pub fn dead_lettered(&self, route: &str) {
+        self.dead_lettered_total.with_label_values(&[route]).inc();
+    }
+
+    pub fn retried(&self, lane: Lane, route: &str) {
+        self.retries_total.with_label_values(&[lane.as_str(), route]).inc();
+    }
+
+    /// The caller bounds how many groups there are.
+    pub fn group_stands(&self, route: &str, group: &str, backlog: u64, unacked: u64, age: Duration) {
+        let series = [route, group];
+        self.backlog_messages.with_label_values(&series).set(i64::try_from(backlog).unwrap_or(i64::MAX));
+        self.unacked_messages.with_label_values(&series).set(i64::try_from(unacked).unwrap_or(i64::MAX));
+        self.backlog_age.with_label_values(&series).set(age.as_secs_f64());
+    }
+
+    pub fn group_left(&self, route: &str, group: &str) {
+        // Absent where it never stood.
+        let series = [route, group];
+        let _ = self.backlog_messages.remove_label_values(&series);
+        let _ = self.unacked_messages.remove_label_values(&series);
+        let _ = self.backlog_age.remove_label_values(&series);
     }
 
     pub fn queued(&self, depth: usize) {

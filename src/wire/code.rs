@@ -118,6 +118,8 @@ impl fmt::Display for Code {
 /// The longest sentence of a fault. What a client sent may be quoted in it, and half a megabyte sent wrongly must not
 /// come back as several.
 const MESSAGE_BYTES_MAX: usize = 1024;
+/// The same where a frame holds a great many faults.
+const SHORT_BYTES_MAX: usize = 256;
 
 /// What went wrong, in a client's words: the code to branch on, the sentence to read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -129,14 +131,12 @@ pub struct Fault {
 
 impl Fault {
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        let mut message = message.into();
-        if message.len() > MESSAGE_BYTES_MAX {
-            // What was quoted stands at the beginning; what became of it and what to do, at the end.
-            let begin = message.floor_char_boundary(MESSAGE_BYTES_MAX / 2);
-            let end = message.ceil_char_boundary(message.len() - MESSAGE_BYTES_MAX / 2);
-            message = format!("{} … {}", &message[..begin], &message[end..]);
-        }
-        Self { code, message }
+        Self { code, message: cut(message.into(), MESSAGE_BYTES_MAX) }
+    }
+
+    /// For a frame that holds a great many faults.
+    pub fn shortened(self) -> Self {
+        Self { code: self.code, message: cut(self.message, SHORT_BYTES_MAX) }
     }
 
     /// A payload over the limit of the connection.
@@ -148,6 +148,16 @@ impl Fault {
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(Code::BadRequest, message)
     }
+}
+
+fn cut(message: String, max: usize) -> String {
+    if message.len() <= max {
+        return message;
+    }
+    // What was quoted stands at the beginning; what became of it and what to do, at the end.
+    let begin = message.floor_char_boundary(max / 2);
+    let end = message.ceil_char_boundary(message.len() - max / 2);
+    format!("{} … {}", &message[..begin], &message[end..])
 }
 
 /// Why a WebSocket was closed by us.

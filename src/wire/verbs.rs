@@ -20,13 +20,42 @@ pub struct Asked {
 #[derive(Debug, PartialEq)]
 pub enum Command {
     Subscribe(Subscribe),
-    Unsubscribe { pattern: Pattern, group: Option<String> },
-    Publish { topic: Topic, draft: Draft, confirm: bool },
-    Request { topic: Topic, draft: Draft, timeout: Duration },
-    Reply { reply_to: Arc<str>, draft: Draft },
-    Ack { deliveries: Vec<u64> },
-    Nack { deliveries: Vec<u64>, delay: Option<Duration> },
-    Seek { pattern: Pattern, group: String, start: Start },
+    Unsubscribe {
+        pattern: Pattern,
+        group: Option<String>,
+    },
+    Publish {
+        topic: Topic,
+        draft: Draft,
+        confirm: bool,
+    },
+    /// Several messages in their order. One that cannot be read is an error in its place.
+    PublishMany {
+        topic: Topic,
+        drafts: Vec<Result<Draft, Fault>>,
+        confirm: bool,
+    },
+    Request {
+        topic: Topic,
+        draft: Draft,
+        timeout: Duration,
+    },
+    Reply {
+        reply_to: Arc<str>,
+        draft: Draft,
+    },
+    Ack {
+        deliveries: Vec<u64>,
+    },
+    Nack {
+        deliveries: Vec<u64>,
+        delay: Option<Duration>,
+    },
+    Seek {
+        pattern: Pattern,
+        group: String,
+        start: Start,
+    },
     Ping,
 }
 
@@ -54,6 +83,9 @@ pub const PREFETCH_DEFAULT: u32 = 100;
 pub const PREFETCH_MAX: u32 = 10_000;
 /// The most that `last_n` gives on a durable topic.
 pub const LAST_N_MAX: u32 = 10_000;
+/// The most messages that one publish holds. They are answered by one frame and the connection does nothing else while
+/// they get their places in line; lanes batch what comes in several frames just as well.
+pub const MESSAGES_MAX: usize = 1000;
 pub const REQUEST_TIMEOUT_DEFAULT: Duration = Duration::from_millis(1000);
 pub const REQUEST_TIMEOUT_MAX: Duration = Duration::from_secs(300);
 pub const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -114,6 +146,16 @@ pub struct Ack {
     pub mode: Option<&'static str>,
     pub prefetch: Option<u32>,
     pub last_n: Option<u32>,
+    /// What became of each message of a publish that held several, in their order; empty for everything else.
+    pub results: Vec<Result<Accepted, Fault>>,
+}
+
+/// One message of several that the lane has.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Accepted {
+    pub message_id: Option<MessageId>,
+    pub position: Option<Position>,
+    pub ts: Timestamp,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -103,7 +103,9 @@ pub async fn shared_nats() -> &'static Broker {
 /// The same for Pulsar.
 pub async fn shared_pulsar() -> &'static Broker {
     static SHARED: OnceCell<Broker> = OnceCell::const_new();
-    SHARED.get_or_init(async || Broker::pulsar(&Options::default()).await).await
+    // Pulsar's own WebSocket API is what the benchmark compares with.
+    let options = || Options { set: vec!["webSocketServiceEnabled=true".into()], ..Options::default() };
+    SHARED.get_or_init(async || Broker::pulsar(&options()).await).await
 }
 
 impl Broker {

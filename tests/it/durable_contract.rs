@@ -12,8 +12,10 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 use twinspan::lane::contract::{DurableLane, Handed, Joining, LaneError, LaneState, Member, Publisher};
 use twinspan::message::{Draft, Envelope, GroupMode, Lane, Message, MessageId, Position, Start, Timestamp};
-use twinspan::policy::table::{Declare, Overflow, Retention, Route, Template};
+use twinspan::policy::table::{Declare, Overflow, Redelivery, Retention, Route, Template};
 use twinspan::topic::{Pattern, Topic};
+
+pub mod groups;
 
 /// Whatever takes longer has failed.
 pub const SOON: Duration = Duration::from_secs(20);
@@ -75,6 +77,7 @@ pub fn route(name: &str, pattern: &str, retention: Retention) -> Route {
         overflow: Overflow::DropOldest,
         retention,
         declare: Declare::Auto,
+        redelivery: Redelivery::default(),
         max_payload: None,
     }
 }
@@ -559,7 +562,7 @@ pub async fn a_probe_goes_through_storage(ground: Ground) {
 /// the tests are to do without the broker it needs.
 macro_rules! promises {
     ($ground:path) => {
-        crate::durable_contract::promises! { $ground;
+        crate::durable_contract::promises! { $ground, crate::durable_contract;
             what_is_appended_is_read_back_as_it_was
             one_callers_messages_are_stored_in_the_order_of_the_calls
             a_receipt_that_is_dropped_takes_nothing_back
@@ -586,15 +589,19 @@ macro_rules! promises {
             a_probe_goes_through_storage
         }
     };
-    ($ground:path; $($promise:ident)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $promise() {
-                if let Some(ground) = $ground().await {
-                    crate::durable_contract::$promise(ground).await;
-                }
+    ($ground:path, $($place:ident)::+; $($promise:ident)*) => {
+        crate::durable_contract::promises! { @each $ground, [$($place)::+]; $($promise)* }
+    };
+    (@each $ground:path, $place:tt; $($promise:ident)*) => {
+        $(crate::durable_contract::promises! { @one $ground, $place, $promise })*
+    };
+    (@one $ground:path, [$($place:ident)::+], $promise:ident) => {
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $promise() {
+            if let Some(ground) = $ground().await {
+                $($place)::+::$promise(ground).await;
             }
-        )*
+        }
     };
 }
 pub(crate) use promises;
@@ -620,4 +627,5 @@ mod journal {
     }
 
     promises!(ground);
+    groups::group_promises!(ground);
 }

@@ -56,6 +56,26 @@ pub const ROUTES: &str = r#"
     topic = "declared.>"
     lane = "durable"
     declare = "required"
+
+    [[route]]
+    name = "jobs"
+    topic = "jobs.>"
+    lane = "durable"
+    backoff = ["100ms", "400ms"]
+    max_deliveries = 3
+    dead_letter = "dead.{topic}"
+
+    [[route]]
+    name = "timed"
+    topic = "timed.>"
+    lane = "durable"
+    ack_timeout = "500ms"
+
+    [[route]]
+    name = "slow"
+    topic = "slow.>"
+    lane = "durable"
+    backoff = ["1m"]
 "#;
 
 /// A bridge on random ports, with its own data and routes.

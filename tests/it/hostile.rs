@@ -65,7 +65,9 @@ fn due(frame: &str) -> Option<Due> {
         Ok(command) => {
             let answers = match command {
                 Command::Request { timeout, .. } if timeout > REQUEST_TIMEOUT_DEFAULT => return None,
-                Command::Publish { confirm: false, .. } | Command::Reply { .. } => (0, 1),
+                Command::Publish { confirm: false, .. }
+                | Command::PublishMany { confirm: false, .. }
+                | Command::Reply { .. } => (0, 1),
                 Command::Ack { .. } | Command::Nack { .. } if request_id.is_none() => (0, 1),
                 _ => (1, 1),
             };

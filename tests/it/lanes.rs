@@ -11,7 +11,7 @@ use twinspan::lane::nats::Nats;
 use twinspan::lane::settings::{EphemeralBackend, EphemeralSettings};
 use twinspan::message::{Draft, Envelope, Lane, Message, MessageId};
 use twinspan::policy::Policy;
-use twinspan::policy::table::{Declare, Overflow, Retention, Route, RouteTable, Template};
+use twinspan::policy::table::{Declare, Overflow, Redelivery, Retention, Route, RouteTable, Template};
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
 
@@ -53,6 +53,7 @@ pub fn ephemeral(topics: &str, nats: &str) -> Route {
         overflow: Overflow::DropOldest,
         retention: Retention::default(),
         declare: Declare::Auto,
+        redelivery: Redelivery::default(),
         max_payload: None,
     }
 }

@@ -9,9 +9,13 @@ mod lanes;
 mod proxy;
 
 mod architecture;
+mod clients;
+mod batches;
+mod bench;
 mod defects;
 mod durable_contract;
 mod ephemeral_contract;
+mod groups;
 mod hostile;
 mod hostile_sockets;
 mod http;

@@ -1,4 +1,4 @@
-//! A network between the lane and a broker, which does what networks do.
+//! A network between the lane and a broker, or a client and the bridge, which does what networks do.
 //!
 //! ```text
 //! lane ──▶ proxy (its port never changes) ──▶ broker
@@ -27,6 +27,8 @@ enum Mode {
     AcceptThenClose,
     /// A black hole: connections are made, and no byte arrives.
     Hold,
+    /// What the broker says is lost; it hears everything.
+    Swallow,
 }
 
 /// Ends with its last handle dropped, and all connections with it.
@@ -42,8 +44,8 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Listens for what is to go to a broker on this machine.
-    async fn start() -> Self {
+    /// Listens for what is to go to a broker on this machine, once it is led to one.
+    pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let (mode, cuts) = (watch::Sender::new(Mode::Forward), watch::Sender::new(0));
@@ -69,6 +71,14 @@ impl Proxy {
         options.forwarded = Some(proxy.to.clone());
         let broker = Broker::pulsar(&options).await;
         (broker, proxy)
+    }
+
+    pub fn lead_to(&self, port: u16) {
+        self.to.store(port, Ordering::Relaxed);
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     pub fn pulsar_url(&self) -> String {
@@ -109,6 +119,11 @@ impl Proxy {
     /// What is connected stays connected, and nothing comes through in either direction.
     pub fn hold(&self) {
         self.mode.send_replace(Mode::Hold);
+    }
+
+    /// Until they are cut, connections bring no answer.
+    pub fn swallow(&self) {
+        self.mode.send_replace(Mode::Swallow);
     }
 
     pub fn resume(&self) {
@@ -182,8 +197,8 @@ async fn carry(
         let (mut from_client, mut to_client) = client.split();
         let (mut from_broker, mut to_broker) = broker.split();
         tokio::select! {
-            () = pump(&mut from_client, &mut to_broker, mode.clone()) => {}
-            () = pump(&mut from_broker, &mut to_client, mode.clone()) => {}
+            () = pump(&mut from_client, &mut to_broker, mode.clone(), false) => {}
+            () = pump(&mut from_broker, &mut to_client, mode.clone(), true) => {}
         }
         Some(())
     };
@@ -197,9 +212,13 @@ async fn pump(
     from: &mut (impl AsyncReadExt + Unpin),
     to: &mut (impl AsyncWriteExt + Unpin),
     mut mode: watch::Receiver<Mode>,
+    are_answers: bool,
 ) {
     let mut bytes = vec![0; 64 << 10];
     while let Ok(read @ 1..) = from.read(&mut bytes).await {
+        if are_answers && *mode.borrow() == Mode::Swallow {
+            continue;
+        }
         if mode.wait_for(|mode| *mode != Mode::Hold).await.is_err()
             || to.write_all(&bytes[..read]).await.is_err()
         {

@@ -1,12 +1,14 @@
 //! What people type, and what they get: the program itself, with its exit codes.
 
 use std::path::Path;
-use std::process::Output;
+use std::process::{Output, Stdio};
 
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::process::Command;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+use twinspan::message::Draft;
 
-use crate::harness::{Span, soon};
+use crate::harness::{Plan, Span, draft, soon};
+use crate::proxy::Proxy;
 
 fn twinspan(dir: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_twinspan"));
@@ -20,6 +22,31 @@ async fn run(dir: &Path, arguments: &[&str]) -> Output {
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Starts a command whose output is read line by line.
+fn start(dir: &Path, arguments: &[&str]) -> (Child, Lines<BufReader<ChildStdout>>) {
+    let mut command = twinspan(dir);
+    // A process group of its own, as a shell would make it.
+    command.args(arguments).process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    (child, lines)
+}
+
+async fn line(lines: &mut Lines<BufReader<ChildStdout>>) -> String {
+    soon(lines.next_line()).await.unwrap().expect("one more line")
+}
+
+/// What Ctrl-C does: everybody in the process group is told.
+async fn interrupt(child: &Child) {
+    let group = format!("-{}", child.id().unwrap());
+    assert!(Command::new("kill").args(["-INT", "--", &group]).status().await.unwrap().success());
+}
+
+async fn ended(child: Child) -> (Option<i32>, String) {
+    let output = soon(child.wait_with_output()).await.unwrap();
+    (output.status.code(), text(&output.stderr))
 }
 
 #[tokio::test]
@@ -134,4 +161,112 @@ async fn sigterm_ends_serve_in_order_with_exit_code_0() {
     let kill = Command::new("kill").args(["-TERM", &child.id().unwrap().to_string()]).status().await.unwrap();
     assert!(kill.success());
     assert_eq!(soon(child.wait()).await.unwrap().code(), Some(0));
+}
+
+#[tokio::test]
+async fn pub_says_how_many_lines_were_acknowledged_and_fails_if_one_was_not() {
+    let span = Span::start().await;
+    let mut command = twinspan(Path::new("."));
+    command.args(["pub", "--url", &span.url(), "orders.t", "-"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let large = "x".repeat(600 * 1024);
+    stdin.write_all(format!("1\n{large}\n3\n").as_bytes()).await.unwrap();
+    drop(stdin);
+    let output = soon(child.wait_with_output()).await.unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(text(&output.stdout).lines().count(), 2);
+    let said = text(&output.stderr);
+    assert!(said.contains("-- line 2: TOO_LARGE") && said.contains("2 acknowledged, 1 failed."), "{said}");
+}
+
+#[tokio::test]
+async fn sub_goes_on_where_it_was_when_the_bridge_comes_back() {
+    let span = Span::start().await;
+    let way = Proxy::start().await;
+    way.lead_to(span.running.listen.port());
+    let url = format!("ws://127.0.0.1:{}/ws", way.port());
+    let (child, mut lines) =
+        start(Path::new("."), &["sub", "--url", &url, "orders.*", "--from", "earliest", "--count", "20"]);
+    let client = span.client().await;
+    for n in 0..10 {
+        client.publish("orders.t", &draft(n.to_string())).await.unwrap();
+        assert_eq!(line(&mut lines).await, format!("orders.t {n}"));
+    }
+    let span = Span::inside(Plan::default(), span.stop().await).await;
+    // Nobody listens yet.
+    let client = span.client().await;
+    for n in 10..15 {
+        client.publish("orders.t", &draft(n.to_string())).await.unwrap();
+    }
+    way.lead_to(span.running.listen.port());
+    for n in 10..20 {
+        if n >= 15 {
+            client.publish("orders.t", &draft(n.to_string())).await.unwrap();
+        }
+        assert_eq!(line(&mut lines).await, format!("orders.t {n}"));
+    }
+    assert_eq!(ended(child).await.0, Some(0));
+}
+
+#[tokio::test]
+async fn consume_runs_a_command_for_each_message_until_it_succeeds() {
+    let span = Span::start().await;
+    let client = span.client().await;
+    let mut expected = Vec::new();
+    for (key, payload) in [(None, "plain"), (Some("flaky"), "{\"n\": 1}")] {
+        let draft = Draft { key: key.map(str::to_owned), ..draft(payload) };
+        let ack = client.publish("orders.t", &draft).await.unwrap();
+        let (id, position) = (ack.message_id.unwrap(), ack.position.unwrap());
+        for attempt in 1..=if key.is_some() { 2 } else { 1 } {
+            let key = key.unwrap_or("none");
+            expected.push(format!("{payload}|orders.t|{id}|{key}|{attempt}|{position}"));
+        }
+    }
+    let command = r#"echo "$(cat)|$MESSAGE_TOPIC|$MESSAGE_ID|${MESSAGE_KEY-none}|$MESSAGE_ATTEMPT|$MESSAGE_POSITION"
+        [ "$MESSAGE_KEY" != flaky ] || [ "$MESSAGE_ATTEMPT" -gt 1 ]"#;
+    let url = span.url();
+    let (child, mut lines) = start(
+        Path::new("."),
+        &["consume", "--url", &url, "orders.t", "--group", "g", "--from", "earliest", "--exec", command],
+    );
+    for expected in expected {
+        assert_eq!(line(&mut lines).await, expected);
+    }
+    interrupt(&child).await;
+    let (code, said) = ended(child).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("2 handled, 1 failed, 0 of those handled without confirmation."), "{said}");
+}
+
+#[tokio::test]
+async fn consume_waits_for_a_command_that_runs_when_it_is_to_end() {
+    let (span, dir) = (Span::start().await, tempfile::tempdir().unwrap());
+    let (client, url) = (span.client().await, span.url());
+    for n in 0..3 {
+        client.publish("orders.t", &draft(n.to_string())).await.unwrap();
+    }
+    let command = "echo begun; until [ -e go ]; do sleep 0.02; done; echo ended";
+    let group = ["--group", "g", "--from", "earliest"];
+    let (child, mut lines) =
+        start(dir.path(), &[&["consume", "--url", &url, "orders.t", "--exec", command][..], &group].concat());
+    assert_eq!(line(&mut lines).await, "begun");
+    interrupt(&child).await;
+    std::fs::write(dir.path().join("go"), "").unwrap();
+    assert_eq!(line(&mut lines).await, "ended");
+    let (code, said) = ended(child).await;
+    assert!(code == Some(0) && said.contains("1 handled, 0 failed, 0 of"), "{said}");
+    // The first is done; what was taken beside it is there for the next member, which prints it as JSON.
+    let (child, mut lines) =
+        start(dir.path(), &[&["consume", "--url", &url, "orders.t"][..], &group].concat());
+    let mut payloads = Vec::new();
+    for _ in 0..2 {
+        let frame: serde_json::Value = serde_json::from_str(&line(&mut lines).await).unwrap();
+        payloads.push(frame["message"]["payload"].clone());
+    }
+    assert_eq!(payloads, [1, 2]);
+    interrupt(&child).await;
+    let (code, said) = ended(child).await;
+    assert!(code == Some(0) && said.contains("2 handled, 0 failed, 0 of"), "{said}");
 }

@@ -1,35 +1,19 @@
-//! A consumer group on one topic: who holds what, and what comes next.
-//!
-//! ```text
-//!          floor                     next
-//! ───done────┤ done held ready held …  ├── never handed out ──▶
-//!            └──── at most WINDOW ─────┘
-//! ```
-//! What is acknowledged is in the cursor, which moves after its commit. The rest is in memory: after a restart
-//! everything that was not acknowledged is handed out again.
+//! A consumer group on one topic, as its members, the dispatch and the writer see it. What is acknowledged is in the
+//! cursor, which moves after its commit. The rest is in memory (`share`): after a restart everything that was not
+//! acknowledged is handed out again.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 
 use super::reader::Item;
 use super::rows::Cursor;
+use super::share::{Share, Todo};
 use super::topics::{TopicLog, lock};
-use crate::lane::contract::{Handed, LaneError, Tag};
-
-/// How far the newest message handed out may be ahead of the oldest that is not acknowledged. It bounds what a group
-/// remembers; behind one stuck message, dispatch stops there.
-const WINDOW: u64 = 100_000;
-/// What may wait in one member's queue, in bytes; a larger message is admitted alone.
-const QUEUE_BYTES: usize = 1 << 20;
-/// What a record that cannot be read counts there.
-const ERROR_BYTES: usize = 256;
-/// The longest a rejected message is kept back.
-const DELAY_MAX: Duration = Duration::from_secs(365 * 86_400);
-/// What one step of the dispatch reads.
-const STEP: usize = 256;
+use crate::lane::contract::{GroupReport, Handed, LaneError, Tag};
+use crate::message::GroupMode;
 
 pub struct Group {
     pub name: String,
@@ -40,187 +24,172 @@ pub struct Group {
 }
 
 struct State {
-    cursor: Cursor,
-    /// The first that was never handed out.
-    next: u64,
-    /// What was read and is not acknowledged.
-    open: BTreeMap<u64, Open>,
-    /// Of those, the ones to hand out now, and those that wait for their time.
-    ready: BTreeSet<u64>,
-    delayed: BTreeSet<(Instant, u64)>,
-    seats: Vec<Seat>,
-    seats_ever: u64,
-    /// Whose turn it is.
-    turn: usize,
+    share: Share,
+    era: Era,
+    /// Memberships that an error has ended, until their holders are gone.
+    ended: HashMap<u64, LaneError>,
     /// A dispatch runs. It ends when the last member has left.
     dispatched: bool,
+    /// Its deletion waits for its commit, or is done: nobody may join.
+    deleted: bool,
 }
 
-/// A message between its first reading and its acknowledgement.
-#[derive(Default)]
-struct Open {
-    /// How often it was handed out.
-    attempt: u32,
-    holder: Option<u64>,
-}
+/// Counts the seeks of a group: what was read, handed out or acknowledged in one era is of no account in the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Era(u64);
 
-struct Seat {
-    number: u64,
-    prefetch: usize,
-    held: usize,
-    queue: VecDeque<Result<Handed, LaneError>>,
-    bytes: usize,
-    ended: Option<LaneError>,
-    arrived: Arc<Notify>,
-}
-
-impl Seat {
-    fn credit(&self) -> usize {
-        if self.bytes < QUEUE_BYTES && self.ended.is_none() {
-            self.prefetch.saturating_sub(self.held)
-        } else {
-            0
-        }
-    }
+/// Why there is no seat.
+pub enum NoSeat {
+    Busy(LaneError),
+    /// The group is being deleted; there may be another of its name in a moment.
+    Deleted,
 }
 
 /// What the dispatch does next.
 pub enum Step {
-    /// Hand these out again.
-    Again(Vec<u64>),
-    /// Read on from here, at most so many.
-    Onward(u64, u64),
-    /// Nothing until something changes or the time comes.
-    Wait(Option<Instant>),
+    Do(Era, Todo),
     End,
 }
 
 impl Group {
     pub fn new(topic: Arc<TopicLog>, name: String, cursor: Cursor) -> Arc<Self> {
         let state = State {
-            next: cursor.floor(),
-            cursor,
-            open: BTreeMap::new(),
-            ready: BTreeSet::new(),
-            delayed: BTreeSet::new(),
-            seats: Vec::new(),
-            seats_ever: 0,
-            turn: 0,
+            share: Share::new(cursor),
+            era: Era(0),
+            ended: HashMap::new(),
             dispatched: false,
+            deleted: false,
         };
         Arc::new(Self { name, topic, state: Mutex::new(state), changed: Notify::new() })
+    }
+
+    /// Changes what is shared, and lets the dispatch see it.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let changed = change(&mut lock(&self.state));
+        self.changed.notify_one();
+        changed
     }
 
     pub fn is(&self, topic: &Arc<TopicLog>, name: &str) -> bool {
         Arc::ptr_eq(&self.topic, topic) && self.name == name
     }
 
-    pub fn cursor(&self) -> Cursor {
-        lock(&self.state).cursor.clone()
-    }
-
-    /// How many stored messages are not acknowledged.
-    pub fn backlog(&self) -> u64 {
-        let next = self.topic.extent().next;
+    /// What is acknowledged, and in which era.
+    pub fn cursor(&self) -> (Era, Cursor) {
         let state = lock(&self.state);
-        next.saturating_sub(state.cursor.floor()).saturating_sub(state.cursor.above())
+        (state.era, state.share.cursor.clone())
     }
 
-    /// The cursor was committed.
-    pub fn acknowledged(&self, cursor: Cursor) {
+    pub fn is_deleted(&self) -> bool {
+        lock(&self.state).deleted
+    }
+
+    /// Keeps everybody out, where nobody is in.
+    pub fn delete(&self) -> Result<(), LaneError> {
         let mut state = lock(&self.state);
-        state.cursor = cursor;
-        state.settle();
-        drop(state);
-        self.changed.notify_one();
+        match state.share.members() {
+            0 => state.deleted = true,
+            members => {
+                let error = format!("group `{}` has {members} members; it is deleted without any", self.name);
+                return Err(LaneError::GroupBusy(error));
+            }
+        }
+        Ok(())
+    }
+
+    /// All but the time of the oldest, and the number of that one.
+    pub fn report(&self) -> (GroupReport, Option<u64>) {
+        let end = self.topic.extent().next;
+        let state = lock(&self.state);
+        let floor = state.share.cursor.floor();
+        let report = GroupReport {
+            name: self.name.clone(),
+            mode: state.share.mode(),
+            members: state.share.members(),
+            backlog: end.saturating_sub(floor).saturating_sub(state.share.cursor.above()),
+            unacked: state.share.held(),
+            oldest: None,
+        };
+        (report, (floor < end).then_some(floor))
+    }
+
+    /// The cursor that has these was committed.
+    pub fn acknowledged(&self, cursor: Cursor, seqs: &[u64]) {
+        self.change(|state| state.share.acknowledged(cursor, seqs));
+    }
+
+    /// A seek to this cursor was committed.
+    pub fn sought(&self, cursor: Cursor) {
+        self.change(|state| state.go_on_from(cursor));
+    }
+
+    /// The group is stored like this: a commit of unknown outcome may have moved it, or not have deleted it.
+    pub fn stored(&self, cursor: Cursor) {
+        self.change(|state| {
+            state.deleted = false;
+            if cursor.covers(&state.share.cursor) {
+                state.share.settle(cursor);
+            } else {
+                state.go_on_from(cursor);
+            }
+        });
     }
 
     /// Retention has removed everything before `first`.
     pub fn retained_from(&self, first: u64) {
-        let mut state = lock(&self.state);
-        state.cursor.rise_to(first);
-        state.settle();
-        drop(state);
-        self.changed.notify_one();
+        self.change(|state| state.share.retained_from(first));
     }
 
     /// A seat, and whether its taker has to start the dispatch.
-    pub fn sit(&self, prefetch: u32) -> (u64, Arc<Notify>, bool) {
-        let mut state = lock(&self.state);
-        state.seats_ever += 1;
-        let seat = Seat {
-            number: state.seats_ever,
-            prefetch: prefetch.max(1) as usize,
-            held: 0,
-            queue: VecDeque::new(),
-            bytes: 0,
-            ended: None,
-            arrived: Arc::new(Notify::new()),
-        };
-        let taken = (seat.number, seat.arrived.clone(), !state.dispatched);
-        state.dispatched = true;
-        state.seats.push(seat);
-        drop(state);
-        self.changed.notify_one();
-        taken
+    pub fn sit(&self, mode: GroupMode, prefetch: u32) -> Result<(u64, Arc<Notify>, bool), NoSeat> {
+        self.change(|state| {
+            if state.deleted {
+                return Err(NoSeat::Deleted);
+            }
+            if let Some(present) = state.share.mode()
+                && (present != mode || mode == GroupMode::Exclusive)
+            {
+                let present = present.as_str();
+                let error = format!("group `{}` is {present} and has its members", self.name);
+                return Err(NoSeat::Busy(LaneError::GroupBusy(error)));
+            }
+            let (number, arrived) = state.share.sit(mode, prefetch);
+            let first = !std::mem::replace(&mut state.dispatched, true);
+            Ok((number, arrived, first))
+        })
     }
 
     /// What it held goes to the others at once.
     pub fn leave(&self, number: u64) {
-        let mut state = lock(&self.state);
-        let Some(at) = state.seats.iter().position(|seat| seat.number == number) else { return };
-        let seat = state.seats.remove(at);
-        // What it never took from its queue was not an attempt.
-        for handed in seat.queue.iter().flatten() {
-            if let Some(open) = state.open.get_mut(&handed.tag.place.entry) {
-                open.attempt -= 1;
-            }
-        }
-        let held = state.open.iter_mut().filter(|(_, open)| open.holder == Some(number));
-        let held: Vec<u64> = held.map(|(seq, open)| (open.holder = None, *seq).1).collect();
-        state.ready.extend(held);
-        drop(state);
-        self.changed.notify_one();
+        self.change(|state| {
+            state.ended.remove(&number);
+            state.share.leave(number);
+        });
     }
 
     /// What has arrived at a seat.
     pub fn collect(&self, number: u64) -> Result<Vec<Result<Handed, LaneError>>, LaneError> {
         let mut state = lock(&self.state);
-        let Some(seat) = state.seats.iter_mut().find(|seat| seat.number == number) else {
-            return Ok(Vec::new());
-        };
-        let collected: Vec<_> = seat.queue.drain(..).collect();
-        let full = std::mem::take(&mut seat.bytes) >= QUEUE_BYTES;
-        let ended = seat.ended.clone();
+        if let Some(error) = state.ended.get(&number) {
+            return Err(error.clone());
+        }
+        let (collected, room) = state.share.collect(number);
         drop(state);
-        if full {
+        if room {
             self.changed.notify_one();
         }
-        match ended {
-            Some(error) if collected.is_empty() => Err(error),
-            _ => Ok(collected),
-        }
+        Ok(collected)
+    }
+
+    /// Of these, the ones that a seat holds, and in which era.
+    pub fn held_by(&self, number: u64, seqs: Vec<u64>) -> (Era, Vec<u64>) {
+        let state = lock(&self.state);
+        (state.era, state.share.held_by(number, seqs))
     }
 
     /// Those that this seat holds come again after the delay.
-    pub fn give_back(&self, number: u64, seqs: &[u64], delay: Duration) {
-        let mut state = lock(&self.state);
-        for seq in seqs {
-            let Some(open) = state.open.get_mut(seq).filter(|open| open.holder == Some(number)) else {
-                continue;
-            };
-            open.holder = None;
-            if delay.is_zero() {
-                state.ready.insert(*seq);
-            } else {
-                state.delayed.insert((Instant::now() + delay.min(DELAY_MAX), *seq));
-            }
-            if let Some(seat) = state.seats.iter_mut().find(|seat| seat.number == number) {
-                seat.held -= 1;
-            }
-        }
-        drop(state);
-        self.changed.notify_one();
+    pub fn reject(&self, number: u64, seqs: &[u64], delay: Duration) {
+        self.change(|state| state.share.reject(number, seqs, delay));
     }
 
     pub async fn changed(&self) {
@@ -229,126 +198,77 @@ impl Group {
 
     pub fn step(&self) -> Step {
         let mut state = lock(&self.state);
-        if state.seats.iter().all(|seat| seat.ended.is_some()) {
+        if state.share.members() == 0 {
             state.dispatched = false;
             return Step::End;
         }
-        let now = Instant::now();
-        while let Some((_, seq)) = state.delayed.first().copied().filter(|(due, _)| *due <= now) {
-            state.delayed.pop_first();
-            state.ready.insert(seq);
-        }
-        let wait = Step::Wait(state.delayed.first().map(|(due, _)| *due));
-        let credit: usize = state.seats.iter().map(Seat::credit).sum();
-        if credit == 0 {
-            return wait;
-        }
-        if !state.ready.is_empty() {
-            return Step::Again(state.ready.iter().copied().take(credit.min(STEP)).collect());
-        }
-        let next = state.next.max(state.cursor.floor());
-        let room = (state.cursor.floor() + WINDOW).saturating_sub(next);
-        let onward = room.min(credit.min(STEP) as u64);
-        if onward > 0 && next < self.topic.extent().next { Step::Onward(next, onward) } else { wait }
+        let end = self.topic.extent().next;
+        Step::Do(state.era, state.share.todo(end))
     }
 
-    /// Hands out what was read, a message to each member in turn. `next` is where reading onward goes on. Returns
-    /// what can never be read and counts as done.
-    pub fn deal(&self, items: Vec<Item>, next: Option<u64>) -> Vec<u64> {
+    /// Hands out what was read. `next` is where reading onward goes on. Returns what can never be read and counts as
+    /// done.
+    pub fn deal(&self, era: Era, items: Vec<Item>, next: Option<u64>) -> Vec<u64> {
         let mut state = lock(&self.state);
         let mut unreadable = Vec::new();
+        if state.era != era {
+            return unreadable;
+        }
         for Item { seqs, found } in items {
             let seq = *seqs.start();
             match found {
-                Ok(_) if state.cursor.has(seq) => {}
                 Ok(envelope) => {
-                    state.open.entry(seq).or_default();
-                    state.ready.insert(seq);
                     let tag = Tag { partition: 0, place: self.topic.place(seq) };
-                    state.hand(Handed { envelope, attempt: 0, tag });
+                    state.share.offer(seq, Handed { envelope, attempt: 0, tag });
                 }
                 Err(error) => {
-                    let Some(at) = state.next_seat() else { return unreadable };
-                    state.ready.remove(&seq);
-                    state.open.remove(&seq);
-                    let seat = &mut state.seats[at];
-                    seat.bytes += ERROR_BYTES;
-                    seat.queue.push_back(Err(error));
-                    seat.arrived.notify_waiters();
-                    state.next = state.next.max(*seqs.end() + 1);
+                    if !state.share.tell(seq, error) {
+                        return unreadable;
+                    }
+                    state.share.read_until(*seqs.end() + 1);
                     unreadable.extend(seqs);
                 }
             }
-            state.next = state.next.max(seq + 1);
+            state.share.read_until(seq + 1);
         }
-        if let Some(next) = next {
-            state.next = state.next.max(next);
-        }
+        state.share.read_until(next.unwrap_or_default());
         unreadable
     }
 
     /// Messages that were to be handed out again and are no longer there.
-    pub fn removed(&self, seqs: &[u64]) {
+    pub fn removed(&self, era: Era, seqs: &[u64]) {
         let mut state = lock(&self.state);
-        for seq in seqs {
-            state.ready.remove(seq);
-            state.open.remove(seq);
+        if state.era == era {
+            seqs.iter().for_each(|seq| state.share.forget(*seq));
         }
     }
 
     /// Every membership ends with this error.
     pub fn end(&self, error: &LaneError) {
         let mut state = lock(&self.state);
-        for seat in &mut state.seats {
-            seat.ended = Some(error.clone());
-            seat.arrived.notify_waiters();
-        }
         state.dispatched = false;
+        for (number, arrived) in state.share.clear_seats() {
+            state.ended.insert(number, error.clone());
+            arrived.notify_waiters();
+        }
     }
 }
 
 impl State {
-    /// Gives up what is acknowledged by now.
-    fn settle(&mut self) {
-        let State { cursor, open, ready, delayed, seats, .. } = self;
-        open.retain(|seq, open| {
-            let done = cursor.has(*seq);
-            if let Some(holder) = open.holder.filter(|_| done)
-                && let Some(seat) = seats.iter_mut().find(|seat| seat.number == holder)
-            {
-                seat.held -= 1;
-            }
-            !done
-        });
-        ready.retain(|seq| open.contains_key(seq));
-        delayed.retain(|(_, seq)| open.contains_key(seq));
-        self.next = self.next.max(self.cursor.floor());
+    fn go_on_from(&mut self, cursor: Cursor) {
+        self.era = Era(self.era.0 + 1);
+        self.share.go_on_from(cursor);
     }
+}
 
-    /// The next seat in turn that has credit.
-    fn next_seat(&mut self) -> Option<usize> {
-        let count = self.seats.len();
-        let at = (0..count).map(|n| (self.turn + n) % count).find(|at| self.seats[*at].credit() > 0)?;
-        self.turn = at + 1;
-        Some(at)
-    }
-
-    /// To the next member in turn; it stays ready where nobody has credit any more.
-    fn hand(&mut self, mut handed: Handed) {
-        let seq = handed.tag.place.entry;
-        let Some(at) = self.next_seat() else { return };
-        let (Some(open), seat) = (self.open.get_mut(&seq), &mut self.seats[at]) else { return };
-        if open.holder.is_some() {
-            return;
+impl Step {
+    /// What a test wants to see.
+    #[cfg(test)]
+    fn todo(self) -> Option<Todo> {
+        match self {
+            Step::Do(_, todo) => Some(todo),
+            Step::End => None,
         }
-        self.ready.remove(&seq);
-        open.attempt += 1;
-        open.holder = Some(seat.number);
-        handed.attempt = open.attempt;
-        seat.held += 1;
-        seat.bytes += handed.envelope.weight();
-        seat.queue.push_back(Ok(handed));
-        seat.arrived.notify_waiters();
     }
 }
 
@@ -356,6 +276,7 @@ impl State {
 mod tests {
     use super::*;
     use crate::lane::journal::rows::Extent;
+    use crate::lane::journal::share::{STEP, WINDOW};
     use crate::lane::journal::topics::Topics;
     use crate::topic::Topic;
 
@@ -364,18 +285,18 @@ mod tests {
         let many = Extent { id: 1, next: 10 * WINDOW, ..Extent::NONE };
         let topic = Topics::new(1).get_at(&Topic::parse("t").unwrap(), many);
         let group = Group::new(topic, "g".into(), Cursor::new(1));
-        let (seat, ..) = group.sit(1000);
-        assert!(matches!(group.step(), Step::Onward(1, messages) if messages == STEP as u64));
+        let Ok((seat, ..)) = group.sit(GroupMode::Shared, 1000) else { panic!("a seat") };
+        assert!(matches!(group.step().todo(), Some(Todo::Onward(1, messages)) if messages == STEP as u64));
         // All were handed out up to here, and all but the first are done.
-        group.deal(Vec::new(), Some(1 + WINDOW));
-        let mut cursor = Cursor::new(1);
+        let (era, mut cursor) = group.cursor();
+        group.deal(era, Vec::new(), Some(1 + WINDOW));
         (2..=WINDOW).for_each(|seq| cursor.add(seq));
         assert!(cursor.row(1, "g").len() < 16 << 10, "the row stays small");
-        group.acknowledged(cursor.clone());
-        assert!(matches!(group.step(), Step::Wait(None)));
+        group.acknowledged(cursor.clone(), &[]);
+        assert!(matches!(group.step().todo(), Some(Todo::Wait(None))));
         cursor.add(1);
-        group.acknowledged(cursor);
-        assert!(matches!(group.step(), Step::Onward(from, _) if from == 1 + WINDOW));
+        group.acknowledged(cursor, &[1]);
+        assert!(matches!(group.step().todo(), Some(Todo::Onward(from, _)) if from == 1 + WINDOW));
         group.leave(seat);
         assert!(matches!(group.step(), Step::End));
     }

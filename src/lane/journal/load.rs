@@ -1,6 +1,8 @@
 //! Bringing what is known in memory to what is in storage: all of it when the log is opened, and what a commit of
 //! unknown outcome left behind when it is opened again.
 
+use std::collections::{HashMap, HashSet};
+
 use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata};
 
 use super::group::Group;
@@ -21,8 +23,13 @@ pub fn load(log: &Log) -> Result<u32, Failure> {
             topic.moved(*extent, || missed);
         }
     }
+    let stored: HashSet<_> = groups.iter().map(|(id, name, _)| (*id, name.as_str())).collect();
+    for topic in log.topics.stored() {
+        let id = topic.extent().id;
+        lock(&topic.groups).retain(|name, _| stored.contains(&(id, name.as_str())));
+    }
     let by_id = topics.into_iter().map(|(topic, extent)| (extent.id, topic));
-    let by_id: std::collections::HashMap<_, _> = by_id.collect();
+    let by_id: HashMap<_, _> = by_id.collect();
     for (id, name, mut cursor) in groups {
         let topic =
             by_id.get(&id).ok_or_else(|| Failure::damage(format!("the topic of group {name} is gone")))?;
@@ -31,7 +38,7 @@ pub fn load(log: &Log) -> Result<u32, Failure> {
         cursor.rise_to(topic.extent().first);
         let known = lock(&topic.groups).get(&name).cloned();
         match known {
-            Some(group) => group.acknowledged(cursor),
+            Some(group) => group.stored(cursor),
             None => {
                 let group = Group::new(topic.clone(), name.clone(), cursor);
                 lock(&topic.groups).insert(name, group);

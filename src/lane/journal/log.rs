@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::group::Group;
+use super::group::{Era, Group};
 use super::store::{Failure, FailureKind, Store};
 use super::topics::{TopicLog, Topics};
 use crate::lane::contract::{LaneError, LaneState};
@@ -105,8 +105,22 @@ pub enum Command {
         floor: u64,
         done: Done<Arc<Group>>,
     },
+    Seek {
+        log: Arc<TopicLog>,
+        group: String,
+        floor: u64,
+        done: Done<()>,
+    },
+    /// Deletes a group that has no members, where it exists.
+    Delete {
+        log: Arc<TopicLog>,
+        group: String,
+        done: Done<bool>,
+    },
+    /// Nothing where the group has been sought since.
     Ack {
         group: Arc<Group>,
+        era: Era,
         seqs: Vec<u64>,
         done: Done<()>,
     },

@@ -8,11 +8,12 @@ use async_trait::async_trait;
 use tokio::sync::{Notify, oneshot};
 use tracing::warn;
 
-use super::group::{Group, Step};
+use super::group::{Era, Group, NoSeat, Step};
 use super::log::{Command, Line, Log, closed};
 use super::reader::{Item, read_batch, read_some};
+use super::share::Todo;
 use crate::lane::contract::{Handed, LaneError, Member, Tag};
-use crate::message::Lane;
+use crate::message::{GroupMode, Lane};
 
 /// How long the dispatch waits before it asks again to record what cannot be read.
 const RETRY: Duration = Duration::from_secs(1);
@@ -27,12 +28,19 @@ pub struct LogMember {
 
 impl LogMember {
     /// Takes a seat. Must be called on the runtime that is to carry the dispatch.
-    pub fn join(log: Arc<Log>, line: Line, group: Arc<Group>, route: Arc<str>, prefetch: u32) -> Self {
-        let (seat, arrived, first) = group.sit(prefetch);
+    pub fn join(
+        log: Arc<Log>,
+        line: Line,
+        group: Arc<Group>,
+        route: Arc<str>,
+        mode: GroupMode,
+        prefetch: u32,
+    ) -> Result<Self, NoSeat> {
+        let (seat, arrived, first) = group.sit(mode, prefetch)?;
         if first {
             tokio::spawn(dispatch(log.clone(), line.clone(), group.clone(), route));
         }
-        Self { log, line, group, seat, arrived }
+        Ok(Self { log, line, group, seat, arrived })
     }
 
     fn seqs(&self, tags: &[Tag]) -> Result<Vec<u64>, LaneError> {
@@ -68,23 +76,27 @@ impl Member for LogMember {
     }
 
     async fn ack(&self, tags: Vec<Tag>) -> Result<(), LaneError> {
-        let seqs = self.seqs(&tags)?;
-        match tokio::time::timeout(self.log.timeout, record(&self.line, &self.group, seqs)).await {
+        // What is not this member's any more, because of a seek, may be another's by now.
+        let (era, seqs) = self.group.held_by(self.seat, self.seqs(&tags)?);
+        if seqs.is_empty() {
+            return Ok(());
+        }
+        match tokio::time::timeout(self.log.timeout, record(&self.line, &self.group, era, seqs)).await {
             Ok(done) => done,
             Err(_) => Err(LaneError::Timeout(self.group.topic.topic.clone())),
         }
     }
 
     async fn nack(&self, tags: Vec<Tag>, delay: Duration) -> Result<(), LaneError> {
-        self.group.give_back(self.seat, &self.seqs(&tags)?, delay);
+        self.group.reject(self.seat, &self.seqs(&tags)?, delay);
         Ok(())
     }
 }
 
 /// Returns once it is on disk that these are done.
-async fn record(line: &Line, group: &Arc<Group>, seqs: Vec<u64>) -> Result<(), LaneError> {
+async fn record(line: &Line, group: &Arc<Group>, era: Era, seqs: Vec<u64>) -> Result<(), LaneError> {
     let (done, recorded) = oneshot::channel();
-    line.send(Command::Ack { group: group.clone(), seqs, done }).await.map_err(|_| closed())?;
+    line.send(Command::Ack { group: group.clone(), era, seqs, done }).await.map_err(|_| closed())?;
     recorded.await.map_err(|_| closed())?
 }
 
@@ -94,10 +106,9 @@ async fn dispatch(log: Arc<Log>, line: Line, group: Arc<Group>, route: Arc<str>)
     let mut unreadable = Vec::new();
     loop {
         growth.borrow_and_update();
-        let step = group.step();
-        let dealt = match step {
-            Step::End => return,
-            Step::Wait(until) => {
+        let Step::Do(era, todo) = group.step() else { return };
+        let dealt = match todo {
+            Todo::Wait(until) => {
                 tokio::select! {
                     () = group.changed() => {}
                     _ = growth.changed() => {}
@@ -107,28 +118,30 @@ async fn dispatch(log: Arc<Log>, line: Line, group: Arc<Group>, route: Arc<str>)
                 }
                 Ok(Vec::new())
             }
-            Step::Again(seqs) => {
-                let (topic, wanted) = (group.topic.clone(), seqs.clone());
-                let read = log.read(move |store, last| read_some(store, &topic, &wanted, last)).await;
-                read.map(|items| {
-                    let found: Vec<u64> = items.iter().map(|item| *item.seqs.start()).collect();
-                    let removed: Vec<u64> = seqs.into_iter().filter(|seq| !found.contains(seq)).collect();
-                    group.removed(&removed);
-                    group.deal(named(items, &log, &group, &route), None)
+            Todo::Again(seqs) => {
+                let topic = group.topic.clone();
+                let read = log.read(move |store, last| read_some(store, &topic, &seqs, last)).await;
+                read.map(|picked| {
+                    group.removed(era, &picked.removed);
+                    group.deal(era, named(picked.items, &log, &group, &route), None)
                 })
             }
-            Step::Onward(from, messages) => {
+            Todo::Onward(from, messages) => {
                 let topic = group.topic.clone();
                 let read = log.read(move |store, last| read_batch(store, &topic, from, messages, last)).await;
-                read.map(|batch| group.deal(named(batch.items, &log, &group, &route), Some(batch.next)))
+                read.map(|batch| group.deal(era, named(batch.items, &log, &group, &route), Some(batch.next)))
             }
         };
         match dealt {
-            Ok(lost) => unreadable.extend(lost),
+            Ok(lost) if lost.is_empty() => {}
+            Ok(lost) => unreadable.push((era, lost)),
             Err(error) => return group.end(&error),
         }
-        if !unreadable.is_empty() && record(&line, &group, unreadable.clone()).await.is_ok() {
-            unreadable.clear();
+        while let Some((era, lost)) = unreadable.last() {
+            if record(&line, &group, *era, lost.clone()).await.is_err() {
+                break;
+            }
+            unreadable.pop();
         }
     }
 }

@@ -22,10 +22,11 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::store::{JournalError, OpenFile};
 
+use self::group::NoSeat;
 use self::load::load;
 use self::log::{Command, Done, Line, Log, closed};
 use self::member::LogMember;
-use self::reader::{LogReader, begin};
+use self::reader::{LogReader, begin, read_batch};
 use self::store::{Store, open_file};
 use self::topics::{Topics, lock};
 use self::writer::Writer;
@@ -33,7 +34,7 @@ use super::contract::{
     DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
 };
 use super::tail::Tail;
-use crate::message::{GroupMode, Lane, Message, Start};
+use crate::message::{Lane, Message, Start};
 use crate::policy::Policy;
 use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
@@ -47,6 +48,7 @@ mod reader;
 mod record;
 mod retention;
 mod rows;
+mod share;
 mod store;
 mod topics;
 mod trouble;
@@ -56,6 +58,8 @@ mod writer;
 const LINE_COMMANDS: usize = 8192;
 /// The same in KiB of messages; a larger message waits until it is alone.
 const LINE_KIB: u32 = 64 << 10;
+/// How often a group may be deleted under the hands of somebody who joins it.
+const JOIN_TRIES: usize = 3;
 const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -173,30 +177,43 @@ impl DurableLane for Journal {
         topic: &Topic,
         joining: Joining,
     ) -> Result<Box<dyn Member>, LaneError> {
-        let Joining { group, mode, start, prefetch } = joining;
-        if mode != GroupMode::Shared {
-            return Err(LaneError::BadRequest(format!("mode {} is not in this build yet", mode.as_str())));
-        }
+        let Joining { group: name, mode, start, prefetch } = joining;
         let topic = self.log.topics.get(topic);
-        let known = lock(&topic.groups).get(&group).cloned();
-        let group = match known {
-            Some(group) => group,
-            None => {
-                let (floor, _) = begin(&self.log, &topic, start).await?;
-                let log = topic.clone();
-                self.ask(|done| Command::Begin { log, group, floor, done }, &topic.topic).await?
+        for _ in 0..JOIN_TRIES {
+            let known = lock(&topic.groups).get(&name).cloned().filter(|group| !group.is_deleted());
+            let group = match known {
+                Some(group) => group,
+                None => {
+                    let (floor, _) = begin(&self.log, &topic, start.clone()).await?;
+                    let (log, group) = (topic.clone(), name.clone());
+                    self.ask(|done| Command::Begin { log, group, floor, done }, &topic.topic).await?
+                }
+            };
+            let (log, line, route) = (self.log.clone(), self.line.clone(), route.name.clone());
+            match LogMember::join(log, line, group, route, mode, prefetch) {
+                Ok(member) => return Ok(Box::new(member)),
+                Err(NoSeat::Busy(error)) => return Err(error),
+                Err(NoSeat::Deleted) => {}
             }
-        };
-        let (log, line) = (self.log.clone(), self.line.clone());
-        Ok(Box::new(LogMember::join(log, line, group, route.name.clone(), prefetch)))
+        }
+        Err(LaneError::GroupBusy(format!("group `{name}` is deleted again and again")))
     }
 
-    async fn seek(&self, _: &Arc<Route>, _: &Topic, _: &str, _: Start) -> Result<(), LaneError> {
-        Err(LaneError::BadRequest("seek is not in this build yet".into()))
+    async fn seek(
+        &self,
+        _route: &Arc<Route>,
+        topic: &Topic,
+        group: &str,
+        start: Start,
+    ) -> Result<(), LaneError> {
+        let (log, group) = (self.log.topics.get(topic), group.to_owned());
+        let (floor, _) = begin(&self.log, &log, start).await?;
+        self.ask(|done| Command::Seek { log, group, floor, done }, topic).await
     }
 
-    async fn delete_group(&self, _: &Arc<Route>, _: &Topic, _: &str) -> Result<bool, LaneError> {
-        Err(LaneError::BadRequest("deleting a group is not in this build yet".into()))
+    async fn delete_group(&self, _route: &Arc<Route>, topic: &Topic, group: &str) -> Result<bool, LaneError> {
+        let (log, group) = (self.log.topics.get(topic), group.to_owned());
+        self.ask(|done| Command::Delete { log, group, done }, topic).await
     }
 
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
@@ -216,18 +233,18 @@ impl DurableLane for Journal {
 
     async fn groups(&self, _route: &Arc<Route>, topic: &Topic) -> Result<Vec<GroupReport>, LaneError> {
         let topic = self.log.topics.get(topic);
-        let groups = lock(&topic.groups);
-        Ok(groups
-            .values()
-            .map(|group| GroupReport {
-                name: group.name.clone(),
-                mode: None,
-                members: 0,
-                backlog: group.backlog(),
-                unacked: 0,
-                oldest: None,
-            })
-            .collect())
+        let reports: Vec<_> = lock(&topic.groups).values().map(|group| group.report()).collect();
+        let read = move |store: &store::Store, last_try| {
+            let mut reports = reports.clone();
+            for (report, oldest) in &mut reports {
+                let Some(oldest) = *oldest else { continue };
+                let batch = read_batch(store, &topic, oldest, 1, last_try)?;
+                let found = batch.items.into_iter().find_map(|item| item.found.ok());
+                report.oldest = found.map(|envelope| envelope.message.ts);
+            }
+            Ok(reports.into_iter().map(|(report, _)| report).collect())
+        };
+        self.log.read(read).await
     }
 
     async fn probe(&self) -> Result<Duration, LaneError> {

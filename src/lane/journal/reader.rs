@@ -150,16 +150,32 @@ fn open_record(log: &TopicLog, id: u32, seq: u64, row: &[u8]) -> Result<Arc<Enve
     }
 }
 
-/// Single records, such as those to be handed out again. Those that retention has removed are not among them.
-pub fn read_some(store: &Store, log: &TopicLog, seqs: &[u64], last_try: bool) -> Result<Vec<Item>, Failure> {
-    let mut items = Vec::with_capacity(seqs.len());
+/// Single records, such as those to be handed out again.
+#[derive(Default)]
+pub struct Picked {
+    pub items: Vec<Item>,
+    /// Those that retention has removed.
+    pub removed: Vec<u64>,
+}
+
+/// These records, or the first of them where they are large.
+pub fn read_some(store: &Store, log: &TopicLog, seqs: &[u64], last_try: bool) -> Result<Picked, Failure> {
+    let mut picked = Picked::default();
+    let mut bytes = 0;
     for seq in seqs {
         let mut batch = read_batch(store, log, *seq, 1, last_try)?;
-        if !batch.skipped {
-            items.extend(batch.items.drain(..).take(1));
+        if batch.skipped {
+            picked.removed.push(*seq);
+            continue;
+        }
+        picked.items.extend(batch.items.drain(..).take(1));
+        bytes +=
+            picked.items.last().and_then(|item| item.found.as_ref().ok()).map_or(0, |found| found.weight());
+        if bytes > BATCH_BYTES {
+            break;
         }
     }
-    Ok(items)
+    Ok(picked)
 }
 
 /// The first sequence number that `start` asks for, and whether retention has removed some of what it asks for.

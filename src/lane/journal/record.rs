@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! row     crc32c(key, body) │ body
-//! record  version │ flags │ ts │ id? │ event time? │ key? │ headers │ payload
+//! record  version │ flags │ ts │ id? │ event time? │ key? │ deliver at? │ headers │ payload
 //! ```
 //! The checksum covers the key as well, so a row that turns up in another's place is noticed too. The store below
 //! hands out flipped bits without a word; every row is checked whenever it is read.
@@ -16,6 +16,8 @@ const VERSION: u8 = 1;
 const HAS_ID: u8 = 1;
 const HAS_EVENT_TIME: u8 = 2;
 const HAS_KEY: u8 = 4;
+/// Since format 2 of the log.
+const HAS_DELIVER_AT: u8 = 8;
 
 /// The row is not what was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +56,8 @@ pub fn encode(message: &Message, body: &mut Vec<u8>) {
     body.push(
         flag(message.id.is_some(), HAS_ID)
             | flag(message.event_time.is_some(), HAS_EVENT_TIME)
-            | flag(message.key.is_some(), HAS_KEY),
+            | flag(message.key.is_some(), HAS_KEY)
+            | flag(message.deliver_at.is_some(), HAS_DELIVER_AT),
     );
     body.extend_from_slice(&message.ts.as_millis().to_le_bytes());
     if let Some(id) = &message.id {
@@ -65,6 +68,9 @@ pub fn encode(message: &Message, body: &mut Vec<u8>) {
     }
     if let Some(key) = &message.key {
         put_text(body, key);
+    }
+    if let Some(time) = message.deliver_at {
+        body.extend_from_slice(&time.as_millis().to_le_bytes());
     }
     put_length(body, message.headers.len());
     for (name, value) in &message.headers {
@@ -80,27 +86,19 @@ pub fn decode(body: &[u8]) -> Result<Message, Damaged> {
         return Err(Damaged);
     }
     let flags = rest.byte()?;
-    if flags & !(HAS_ID | HAS_EVENT_TIME | HAS_KEY) != 0 {
+    if flags & !(HAS_ID | HAS_EVENT_TIME | HAS_KEY | HAS_DELIVER_AT) != 0 {
         return Err(Damaged);
     }
     let ts = Timestamp::from_millis(rest.i64()?);
     let id = if flags & HAS_ID != 0 { Some(MessageId::from_bytes(rest.array()?)) } else { None };
-    let event_time =
-        if flags & HAS_EVENT_TIME != 0 { Some(Timestamp::from_millis(rest.i64()?)) } else { None };
+    let event_time = if flags & HAS_EVENT_TIME != 0 { Some(rest.time()?) } else { None };
     let key = if flags & HAS_KEY != 0 { Some(rest.text()?) } else { None };
+    let deliver_at = if flags & HAS_DELIVER_AT != 0 { Some(rest.time()?) } else { None };
     let mut headers = Headers::new();
     for _ in 0..rest.length()? {
         headers.insert(rest.text()?, rest.text()?);
     }
-    Ok(Message {
-        id,
-        ts,
-        payload: Bytes::copy_from_slice(rest.0),
-        key,
-        headers,
-        event_time,
-        deliver_at: None,
-    })
+    Ok(Message { id, ts, payload: Bytes::copy_from_slice(rest.0), key, headers, event_time, deliver_at })
 }
 
 fn put_length(body: &mut Vec<u8>, mut length: usize) {
@@ -138,6 +136,10 @@ impl<'a> Fields<'a> {
         self.array().map(i64::from_le_bytes)
     }
 
+    fn time(&mut self) -> Result<Timestamp, Damaged> {
+        self.i64().map(Timestamp::from_millis)
+    }
+
     fn byte(&mut self) -> Result<u8, Damaged> {
         self.array::<1>().map(|[byte]| byte)
     }
@@ -172,19 +174,15 @@ mod tests {
         let millis = -62_135_596_800_000i64..253_402_207_200_000;
         let headers = prop::collection::btree_map(".{0,9}", ".{0,200}", 0..5);
         let payload = prop::collection::vec(any::<u8>(), 0..300);
-        let options =
-            (any::<Option<[u8; 16]>>(), prop::option::of(millis.clone()), prop::option::of(".{0,9}"));
-        (millis, options, headers, payload).prop_map(|(ts, (id, event_time, key), headers, payload)| {
-            Message {
-                id: id.map(MessageId::from_bytes),
-                ts: Timestamp::from_millis(ts),
-                payload: payload.into(),
-                key,
-                headers,
-                event_time: event_time.map(Timestamp::from_millis),
-                deliver_at: None,
-            }
-        })
+        let time = || prop::option::of(millis.clone().prop_map(Timestamp::from_millis));
+        let options = (any::<Option<[u8; 16]>>(), time(), prop::option::of(".{0,9}"), time());
+        let ts = millis.clone().prop_map(Timestamp::from_millis);
+        (ts, options, headers, payload).prop_map(
+            |(ts, (id, event_time, key, deliver_at), headers, payload)| {
+                let (id, payload) = (id.map(MessageId::from_bytes), payload.into());
+                Message { id, ts, payload, key, headers, event_time, deliver_at }
+            },
+        )
     }
 
     fn row(key: &[u8], message: &Message) -> Vec<u8> {

@@ -110,6 +110,11 @@ impl Cursor {
         self.done.len() as u64
     }
 
+    /// Whether it has everything that the other has.
+    pub fn covers(&self, other: &Cursor) -> bool {
+        self.floor >= other.floor && other.done.iter().all(|seq| self.has(*seq))
+    }
+
     pub fn add(&mut self, seq: u64) {
         if seq >= self.floor {
             self.done.insert(seq);

@@ -17,7 +17,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tracing::error;
 
-use super::group::Group;
+use super::group::{Era, Group};
 use super::log::{Command, Done, Log, closed};
 use super::record::{encode, record_key, seal};
 use super::retention::RetentionClock;
@@ -25,7 +25,7 @@ use super::rows::{Cursor, Extent, GROUPS, LOG, RECORDS, TIMES, TOPICS, log_row, 
 use super::store::Failure;
 use super::topics::{TopicLog, lock};
 use super::trouble::{Trouble, refusal, refuse};
-use crate::lane::contract::LaneState;
+use crate::lane::contract::{LaneError, LaneState};
 use crate::message::{Message, Position, Timestamp};
 
 /// What one commit takes from the line at most.
@@ -74,19 +74,42 @@ impl<'t> Tables<'t> {
 #[derive(Default)]
 pub struct Staged {
     pub extents: HashMap<*const TopicLog, (Arc<TopicLog>, Extent)>,
-    cursors: HashMap<*const Group, (Arc<Group>, Cursor)>,
+    cursors: HashMap<*const Group, Moved>,
     begun: Vec<Arc<Group>>,
+    deleted: Vec<Arc<Group>>,
     /// One for each command.
     outcomes: Vec<Outcome>,
 }
 
+/// How a group has moved.
+struct Moved {
+    group: Arc<Group>,
+    era: Era,
+    cursor: Cursor,
+    acked: Vec<u64>,
+    sought: bool,
+}
+
 impl Staged {
+    /// A group that exists, or will with this transaction.
+    fn group(&self, log: &Arc<TopicLog>, name: &str) -> Option<Arc<Group>> {
+        let known = lock(&log.groups).get(name).cloned().filter(|group| !group.is_deleted());
+        known.or_else(|| self.begun.iter().find(|begun| begun.is(log, name)).cloned())
+    }
+
+    fn moved(&mut self, group: &Arc<Group>) -> &mut Moved {
+        self.cursors.entry(Arc::as_ptr(group)).or_insert_with(|| {
+            let (era, cursor) = group.cursor();
+            Moved { group: group.clone(), era, cursor, acked: Vec::new(), sought: false }
+        })
+    }
+
     /// The rows of everything that moved.
     pub fn write(&self, tables: &mut Tables<'_>) -> Result<(), Failure> {
         for (log, extent) in self.extents.values() {
             tables.topics.insert(log.topic.as_str(), &*extent.row(log.topic.as_str()))?;
         }
-        for (group, cursor) in self.cursors.values() {
+        for Moved { group, cursor, .. } in self.cursors.values() {
             let id = group.topic.extent().id;
             tables.groups.insert((id, group.name.as_str()), &*cursor.row(id, &group.name))?;
         }
@@ -98,7 +121,9 @@ enum Outcome {
     Stored(u64),
     Created(bool),
     Begun(Arc<Group>),
+    Deleted(bool),
     Done,
+    Refused(LaneError),
 }
 
 impl Writer {
@@ -263,13 +288,12 @@ impl Writer {
                 Outcome::Created(!known)
             }
             Command::Begin { log, group, floor, .. } => {
-                let known = lock(&log.groups).get(group).cloned();
-                let known = known.or_else(|| staged.begun.iter().find(|begun| begun.is(log, group)).cloned());
-                Outcome::Begun(match known {
+                Outcome::Begun(match staged.group(log, group) {
                     Some(group) => group,
                     None => {
-                        let id = self.extent(staged, log).id;
-                        let cursor = Cursor::new(*floor);
+                        let extent = self.extent(staged, log);
+                        // Retention may have gone on since the floor was found.
+                        let (id, cursor) = (extent.id, Cursor::new((*floor).max(extent.first)));
                         tables.groups.insert((id, group.as_str()), &*cursor.row(id, group))?;
                         let begun = Group::new(log.clone(), group.clone(), cursor);
                         staged.begun.push(begun.clone());
@@ -277,14 +301,40 @@ impl Writer {
                     }
                 })
             }
-            Command::Ack { group, seqs, .. } => {
-                let (_, cursor) = staged
-                    .cursors
-                    .entry(Arc::as_ptr(group))
-                    .or_insert_with(|| (group.clone(), group.cursor()));
-                // A number that was never handed out is not from here; it would only stretch the row.
-                let known = group.topic.extent().next;
-                seqs.iter().filter(|seq| **seq < known).for_each(|seq| cursor.add(*seq));
+            Command::Seek { log, group, floor, .. } => match staged.group(log, group) {
+                Some(group) => {
+                    let first = self.extent(staged, log).first;
+                    let moved = staged.moved(&group);
+                    moved.cursor = Cursor::new((*floor).max(first));
+                    moved.sought = true;
+                    Outcome::Done
+                }
+                None => {
+                    Outcome::Refused(LaneError::BadRequest(format!("`{}` has no group `{group}`", log.topic)))
+                }
+            },
+            Command::Delete { log, group, .. } => match staged.group(log, group) {
+                Some(group) => match group.delete() {
+                    Ok(()) => {
+                        let id = self.extent(staged, log).id;
+                        tables.groups.remove((id, group.name.as_str()))?;
+                        staged.cursors.remove(&Arc::as_ptr(&group));
+                        staged.begun.retain(|begun| !Arc::ptr_eq(begun, &group));
+                        staged.deleted.push(group);
+                        Outcome::Deleted(true)
+                    }
+                    Err(busy) => Outcome::Refused(busy),
+                },
+                None => Outcome::Deleted(false),
+            },
+            Command::Ack { group, era, seqs, .. } => {
+                if !group.is_deleted() {
+                    let moved = staged.moved(group);
+                    if moved.era == *era && !moved.sought {
+                        seqs.iter().for_each(|seq| moved.cursor.add(*seq));
+                        moved.acked.extend(seqs);
+                    }
+                }
                 Outcome::Done
             }
             Command::Probe { .. } | Command::Close { .. } => Outcome::Done,
@@ -312,9 +362,14 @@ impl Writer {
                     stored.entry(Arc::as_ptr(&log)).or_default().push((seq, message));
                     Answer::Stored(receipt, Position::Whole(log.place(seq)), room)
                 }
-                (Command::Create { done, .. }, Outcome::Created(new)) => Answer::Created(done, new),
+                (Command::Create { done, .. }, Outcome::Created(new)) => Answer::Told(done, new),
+                (Command::Delete { done, .. }, Outcome::Deleted(was)) => Answer::Told(done, was),
                 (Command::Begin { done, .. }, Outcome::Begun(group)) => Answer::Begun(done, group),
-                (Command::Ack { done, .. } | Command::Probe { done }, _) => Answer::Done(done),
+                (
+                    Command::Ack { done, .. } | Command::Seek { done, .. } | Command::Probe { done },
+                    Outcome::Done,
+                ) => Answer::Done(done),
+                (command, Outcome::Refused(error)) => Answer::Refused(command, error),
                 // The outcomes were made from these very commands, in this order.
                 _ => continue,
             });
@@ -325,11 +380,14 @@ impl Writer {
                 messages.into_iter().map(|(seq, message)| log.envelope(seq, message)).collect()
             });
         }
+        for group in staged.deleted {
+            lock(&group.topic.groups).retain(|_, known| !Arc::ptr_eq(known, &group));
+        }
         for group in staged.begun {
             lock(&group.topic.groups).insert(group.name.clone(), group.clone());
         }
-        for (group, cursor) in staged.cursors.into_values() {
-            group.acknowledged(cursor);
+        for Moved { group, cursor, acked, sought, .. } in staged.cursors.into_values() {
+            if sought { group.sought(cursor) } else { group.acknowledged(cursor, &acked) }
         }
         answers.into_iter().for_each(Answer::send);
     }
@@ -338,9 +396,10 @@ impl Writer {
 /// An answer that waits until everyone can see what it confirms.
 enum Answer {
     Stored(Done<Position>, Position, OwnedSemaphorePermit),
-    Created(Done<bool>, bool),
+    Told(Done<bool>, bool),
     Begun(Done<Arc<Group>>, Arc<Group>),
     Done(Done<()>),
+    Refused(Command, LaneError),
 }
 
 impl Answer {
@@ -348,9 +407,10 @@ impl Answer {
     fn send(self) {
         match self {
             Answer::Stored(receipt, position, _room) => drop(receipt.send(Ok(position))),
-            Answer::Created(done, new) => drop(done.send(Ok(new))),
+            Answer::Told(done, told) => drop(done.send(Ok(told))),
             Answer::Begun(done, group) => drop(done.send(Ok(group))),
             Answer::Done(done) => drop(done.send(Ok(()))),
+            Answer::Refused(command, error) => refuse(command, &error),
         }
     }
 }

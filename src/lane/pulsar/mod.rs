@@ -45,6 +45,7 @@ mod group;
 mod health;
 mod held;
 mod names;
+pub mod peer;
 mod read;
 mod record;
 mod session;

@@ -15,7 +15,7 @@ use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata, S
 
 use super::frame::{Broken, Entry};
 use crate::lane::contract::LaneError;
-use crate::message::{Headers, Message, MessageId, Place, Timestamp};
+use crate::message::{Headers, Message, MessageId, ORIGIN, Place, Timestamp};
 use crate::topic::Topic;
 
 const ID: &str = "twinspan-id";
@@ -60,7 +60,8 @@ impl Unreadable {
 
 /// The message as the producer takes it.
 pub fn outgoing(message: Message) -> Result<producer::Message, LaneError> {
-    if let Some(name) = message.headers.keys().find(|name| name.starts_with(RESERVED)) {
+    let is_reserved = |name: &&String| name.starts_with(RESERVED) && !name.starts_with(ORIGIN);
+    if let Some(name) = message.headers.keys().find(is_reserved) {
         return Err(LaneError::BadRequest(format!(
             "header `{name}` was refused: names that begin with `{RESERVED}` belong to the fabric"
         )));

@@ -19,8 +19,8 @@ use crate::message::{Draft, GroupMode, Headers, Position, Start, Timestamp};
 use crate::topic::{Pattern, Topic, TopicError};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{
-    Asked, Command, Group, PREFETCH_DEFAULT, PREFETCH_MAX, REQUEST_ID_BYTES_MAX, REQUEST_TIMEOUT_DEFAULT,
-    REQUEST_TIMEOUT_MAX, Subscribe,
+    Asked, Command, Group, MESSAGES_MAX, PREFETCH_DEFAULT, PREFETCH_MAX, REQUEST_ID_BYTES_MAX,
+    REQUEST_TIMEOUT_DEFAULT, REQUEST_TIMEOUT_MAX, Subscribe,
 };
 
 /// The longest name of a group or a client.
@@ -119,11 +119,15 @@ fn command(frame: &Frame<'_>) -> Result<Command, Fault> {
             Ok(Command::Unsubscribe { pattern: pattern(frame)?, group: name("group", frame.group)? })
         }
         "publish" => {
-            if frame.messages.is_some() {
-                return Err(not_in_this_build("messages"));
-            }
             let confirm = optional("confirm", frame.confirm, "true or false")?.unwrap_or(true);
-            Ok(Command::Publish { topic: topic(frame)?, draft: draft(frame)?, confirm })
+            match frame.messages {
+                None => Ok(Command::Publish { topic: topic(frame)?, draft: draft(frame)?, confirm }),
+                Some(messages) => Ok(Command::PublishMany {
+                    topic: topic(frame)?,
+                    drafts: drafts(frame, messages)?,
+                    confirm,
+                }),
+            }
         }
         "request" => {
             if frame.request_id.is_none() {
@@ -263,7 +267,28 @@ fn start(frame: &Frame<'_>) -> Result<Start, Fault> {
 }
 
 fn draft(frame: &Frame<'_>) -> Result<Draft, Fault> {
-    let raw = frame.message.ok_or_else(|| missing("message"))?;
+    read_draft(frame.message.ok_or_else(|| missing("message"))?)
+}
+
+/// The list is refused as a whole where it is no list of a good length; each message in it is read for itself.
+fn drafts(frame: &Frame<'_>, messages: &RawValue) -> Result<Vec<Result<Draft, Fault>>, Fault> {
+    if frame.message.is_some() {
+        return Err(Fault::bad_request("message and messages exclude each other: take one"));
+    }
+    let messages: Vec<&RawValue> = serde_json::from_str(messages.get())
+        .map_err(|_| Fault::bad_request("messages must be a list of messages"))?;
+    match messages.len() {
+        0 => Err(Fault::bad_request("messages is empty: it holds at least one message")),
+        1..=MESSAGES_MAX => Ok(messages.into_iter().map(read_draft).collect()),
+        count => {
+            let message =
+                format!("messages holds {count}, a publish takes at most {MESSAGES_MAX}; nothing was sent");
+            Err(Fault::new(Code::TooLarge, message))
+        }
+    }
+}
+
+fn read_draft(raw: &RawValue) -> Result<Draft, Fault> {
     let fields: MessageFrame<'_> = object(raw.get().as_bytes(), "message")?;
     let id: Option<String> = optional("message.id", fields.id, "a string")?;
     let id =
@@ -433,6 +458,24 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_messages_is_read_one_by_one_and_has_a_bounded_length() {
+        let frame = |messages: &str| format!(r#"{{"type":"publish","topic":"a","messages":[{messages}]}}"#);
+        match decode(&frame(r#"{"payload":1},{},7,{"payload":2,"id":"x"},{"payload":3}"#)).command {
+            Ok(Command::PublishMany { drafts, confirm: true, .. }) => {
+                let read: Vec<_> = drafts.iter().map(|d| d.as_ref().map(|d| &d.payload[..]).ok()).collect();
+                assert_eq!(read, [Some(&b"1"[..]), None, None, None, Some(b"3")]);
+                assert_eq!(drafts[1].as_ref().unwrap_err().message, "message.payload is missing");
+            }
+            other => panic!("{other:?}"),
+        }
+        let many = vec![r#"{"payload":1}"#; MESSAGES_MAX + 1].join(",");
+        match decode(&frame(&many)).command {
+            Err(fault) => assert_eq!(fault.code, Code::TooLarge),
+            Ok(command) => panic!("{command:?}"),
+        }
+    }
+
+    #[test]
     fn a_payload_holds_nothing_of_its_frame() {
         let pad = "x".repeat(100_000);
         let frame = Bytes::from(format!(
@@ -477,7 +520,12 @@ mod tests {
             (r#"{"type":"subscribe","topic":"a","group":"g","prefetch":0}"#, "prefetch must be"),
             (r#"{"type":"publish","topic":"a"}"#, "message is missing"),
             (r#"{"type":"publish","topic":"a.*","message":{"payload":1}}"#, "wildcard"),
-            (r#"{"type":"publish","topic":"a","messages":[]}"#, "messages is not in this build"),
+            (r#"{"type":"publish","topic":"a","messages":[]}"#, "messages is empty"),
+            (r#"{"type":"publish","topic":"a","messages":{"payload":1}}"#, "messages must be a list"),
+            (
+                r#"{"type":"publish","topic":"a","message":{"payload":1},"messages":[{"payload":1}]}"#,
+                "exclude each other",
+            ),
             (r#"{"type":"publish","topic":"a","message":[1]}"#, "message must be a JSON object"),
             (r#"{"type":"publish","topic":"a","message":{}}"#, "message.payload is missing"),
             (

@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use super::nesting::{DEPTH_MAX, depth};
 use crate::message::{Draft, Envelope, Headers, Message, MessageId, Timestamp};
 use crate::wire::code::Fault;
-use crate::wire::verbs::{Ack, Event, Info};
+use crate::wire::verbs::{Accepted, Ack, Event, Info};
 
 pub fn event(event: &Event, now: Timestamp) -> Bytes {
     match event {
@@ -142,7 +142,9 @@ fn delivered(envelope: &Envelope, more: impl FnOnce(&mut Object)) -> Bytes {
 
 fn acknowledgement(ack: &Ack) -> Bytes {
     let mut out = Object::frame("ack", ack.request_id.as_deref());
-    out.text("status", "ok");
+    if ack.results.is_empty() {
+        out.text("status", "ok");
+    }
     if let Some(topic) = &ack.topic {
         out.text("topic", topic.as_str());
     }
@@ -167,7 +169,38 @@ fn acknowledgement(ack: &Ack) -> Bytes {
     if let Some(last_n) = ack.last_n {
         out.plain("last_n", last_n);
     }
+    if !ack.results.is_empty() {
+        out.name("results");
+        for (at, result) in ack.results.iter().enumerate() {
+            out.0.push(if at == 0 { b'[' } else { b',' });
+            out.0.extend_from_slice(&result_value(result));
+        }
+        out.0.push(b']');
+    }
     out.ended(ack.ts)
+}
+
+/// What became of one message of several.
+fn result_value(result: &Result<Accepted, Fault>) -> Vec<u8> {
+    let mut out = Object::new();
+    match result {
+        Ok(Accepted { message_id, position, ts }) => {
+            out.text("status", "ok");
+            if let Some(id) = message_id {
+                out.quoted("message_id", id);
+            }
+            if let Some(position) = position {
+                out.quoted("position", position);
+            }
+            out.quoted("ts", ts);
+            out.closed()
+        }
+        Err(fault) => {
+            out.name("error");
+            out.0.extend_from_slice(&error_value(fault));
+            out.closed()
+        }
+    }
 }
 
 fn information(info: &Info, now: Timestamp) -> Bytes {
@@ -355,6 +388,13 @@ mod tests {
         assert_eq!(
             shown(&Event::Ack(ack.into())),
             r#"{"type":"ack","request_id":"r1","status":"ok","lane":"durable","ts":"1970-01-01T00:00:00.000Z"}"#
+        );
+        // The frame says nothing about all of them: each result has its own status.
+        let accepted = Accepted { message_id: None, position: None, ts: Timestamp::from_millis(0) };
+        let results = vec![Ok(accepted), Err(Fault::bad_request("no"))];
+        assert_eq!(
+            shown(&Event::Ack(Ack { results, ..Ack::default() }.into())),
+            r#"{"type":"ack","results":[{"status":"ok","ts":"1970-01-01T00:00:00.000Z"},{"error":{"code":"BAD_REQUEST","message":"no","retryable":false}}],"ts":"1970-01-01T00:00:00.000Z"}"#
         );
         let info = Info::LaneDown { lane: Lane::Durable, message: "gone\u{7}".into() };
         assert!(

@@ -32,11 +32,24 @@ pub struct Heard {
     pub reason: Option<String>,
     pub code: Option<String>,
     pub error: Option<HeardError>,
+    /// Of a publish of several messages: what became of each, in their order.
+    #[serde(default)]
+    pub results: Vec<HeardResult>,
     pub reconnect_after_ms: Option<u64>,
     pub ts: String,
     /// The frame as it came.
     #[serde(skip)]
     pub frame: String,
+}
+
+/// What became of one message of several: a status, or an error.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct HeardResult {
+    pub status: Option<String>,
+    pub message_id: Option<String>,
+    pub position: Option<String>,
+    pub ts: Option<String>,
+    pub error: Option<HeardError>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]

@@ -1,4 +1,4 @@
-//! A typed client of the JSON dialect: the commands on the terminal and the tests speak through it.
+//! One connection, typed: what a client says and what it hears, until it ends. It never comes again by itself.
 //!
 //! ```text
 //! call ──frame with request_id──▶ socket        socket ──answer──▶ the call that waits for it
@@ -54,8 +54,8 @@ pub enum ClientError {
     Broken(String),
     #[error("{}: {}", .0.code, .0.message)]
     Refused(HeardError),
-    #[error("no answer within {ANSWER_TIMEOUT:?}; what was asked may or may not have been done")]
-    NoAnswer,
+    #[error("no answer within {0:?}; what was asked may or may not have been done")]
+    NoAnswer(Duration),
 }
 
 impl Client {
@@ -163,7 +163,8 @@ impl Sender {
         self.ask(kind, frame).await?.await
     }
 
-    async fn ask(
+    /// Returns once the frame has its place behind what was sent before; the future is its answer.
+    pub(super) async fn ask(
         &self,
         kind: &str,
         mut frame: Fields,
@@ -177,8 +178,8 @@ impl Sender {
         self.send(text(&frame)).await?;
         Ok(async move {
             let _waiting = waiting;
-            let heard =
-                tokio::time::timeout(ANSWER_TIMEOUT, answered).await.map_err(|_| ClientError::NoAnswer)?;
+            let heard = tokio::time::timeout(ANSWER_TIMEOUT, answered).await;
+            let heard = heard.map_err(|_| ClientError::NoAnswer(ANSWER_TIMEOUT))?;
             let heard = heard.map_err(|_| ClientError::Broken("the connection has ended".into()))?;
             match heard.error {
                 Some(error) => Err(ClientError::Refused(error)),
@@ -203,9 +204,9 @@ impl Drop for Waiting {
 }
 
 /// A frame's fields, each value as JSON text: a payload keeps the very bytes it has.
-type Fields = Vec<(String, String)>;
+pub type Fields = Vec<(String, String)>;
 
-fn fields(own: Value, options: Value) -> Fields {
+pub fn fields(own: Value, options: Value) -> Fields {
     let object = |value| match value {
         Value::Object(map) => map,
         _ => Map::new(),
@@ -214,7 +215,7 @@ fn fields(own: Value, options: Value) -> Fields {
     all.map(|(name, value)| (name, value.to_string())).collect()
 }
 
-fn with_message(own: Value, draft: &Draft) -> Fields {
+pub fn with_message(own: Value, draft: &Draft) -> Fields {
     let mut frame = fields(own, json!({}));
     frame.push(("message".into(), String::from_utf8_lossy(&draft_value(draft)).into_owned()));
     frame

@@ -1,0 +1,187 @@
+//! The groups that have members here, and how they stand: looked at every now and then, for the metrics.
+//!
+//! Group names come from clients, so the number of series is bounded: what is beyond is told as one group, `other`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tracing::debug;
+
+use crate::lane::contract::{DurableLane, GroupReport};
+use crate::policy::Policy;
+use crate::policy::table::Route;
+use crate::telemetry::metrics::Metrics;
+use crate::topic::Topic;
+
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// A group that comes or goes is looked at sooner: so long after it did, and so long after the look before.
+const LOOK_SOON: Duration = Duration::from_secs(1);
+const LOOK_APART: Duration = Duration::from_secs(5);
+/// How many topics are asked about at the same time, how long each may take, and all of them.
+const TOPICS_AT_ONCE: usize = 16;
+const TOPIC_TIMEOUT: Duration = Duration::from_secs(5);
+const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
+/// The most groups that have series of their own.
+pub const SERIES_MAX: usize = 1000;
+const OTHER: &str = "other";
+
+#[derive(Default)]
+pub struct Groups {
+    /// How many members each group has here.
+    served: Mutex<BTreeMap<Topic, BTreeMap<Arc<str>, usize>>>,
+    changed: Notify,
+}
+
+/// One member of a group, counted until it is dropped.
+pub struct Served {
+    pub topic: Topic,
+    pub group: Arc<str>,
+    groups: Arc<Groups>,
+}
+
+/// How a group stands over all topics of a route.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Standing {
+    pub backlog: u64,
+    pub unacked: u64,
+    /// Of its oldest message.
+    pub age: Duration,
+}
+
+/// A route and a group.
+pub type Series = (Arc<str>, Arc<str>);
+
+impl Groups {
+    pub fn join(self: &Arc<Self>, topic: Topic, group: Arc<str>) -> Served {
+        let mut served = self.served();
+        let members = served.entry(topic.clone()).or_default().entry(group.clone()).or_default();
+        *members += 1;
+        if *members == 1 {
+            self.changed.notify_one();
+        }
+        drop(served);
+        Served { topic, group, groups: self.clone() }
+    }
+
+    /// Looks again and again, until the process ends.
+    pub async fn run(&self, lane: Arc<dyn DurableLane>, policy: Policy, metrics: Arc<Metrics>) {
+        let mut reports = HashMap::new();
+        let mut shown = BTreeSet::new();
+        let mut soonest = Instant::now();
+        loop {
+            let wait = LOOK_EVERY.mul_f64(0.8 + 0.4 * fastrand::f64());
+            tokio::select! {
+                () = sleep(wait) => {}
+                () = self.changed.notified() => {
+                    sleep(LOOK_SOON).await;
+                    sleep_until(soonest).await;
+                }
+            }
+            soonest = Instant::now() + LOOK_APART;
+            let served = self.served().clone();
+            look(&served, &*lane, &policy, &mut reports).await;
+            let standings = standings(&served, &policy, &reports, &shown);
+            for (route, group) in shown.iter().filter(|series| !standings.contains_key(*series)) {
+                metrics.group_left(route, group);
+            }
+            for ((route, group), Standing { backlog, unacked, age }) in &standings {
+                metrics.group_stands(route, group, *backlog, *unacked, *age);
+            }
+            shown = standings.into_keys().collect();
+        }
+    }
+
+    fn served(&self) -> MutexGuard<'_, BTreeMap<Topic, BTreeMap<Arc<str>, usize>>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let mut served = self.groups.served();
+        let Some(groups) = served.get_mut(&self.topic) else { return };
+        if let Some(members) = groups.get_mut(&self.group) {
+            *members -= 1;
+            if *members == 0 {
+                groups.remove(&self.group);
+                self.groups.changed.notify_one();
+            }
+        }
+        if groups.is_empty() {
+            served.remove(&self.topic);
+        }
+    }
+}
+
+/// Asks the lane about each topic. One that cannot say now stands as it did.
+async fn look(
+    served: &BTreeMap<Topic, BTreeMap<Arc<str>, usize>>,
+    lane: &dyn DurableLane,
+    policy: &Policy,
+    reports: &mut HashMap<Topic, Vec<GroupReport>>,
+) {
+    reports.retain(|topic, _| served.contains_key(topic));
+    let table = policy.table();
+    let asked: Vec<(Topic, Arc<Route>)> =
+        served.keys().filter_map(|topic| Some((topic.clone(), table.route_for(topic)?.clone()))).collect();
+    let asked = asked.into_iter().map(|(topic, route)| async move {
+        match timeout(TOPIC_TIMEOUT, lane.groups(&route, &topic)).await {
+            Ok(Ok(found)) => Some((topic, found)),
+            Ok(Err(error)) => {
+                debug!(%topic, %error, "How the groups of a topic stand could not be asked.");
+                None
+            }
+            Err(_) => None,
+        }
+    });
+    let mut answers =
+        stream::iter(asked).buffer_unordered(TOPICS_AT_ONCE).take_until(Box::pin(sleep(LOOK_TIMEOUT)));
+    while let Some(answer) = answers.next().await {
+        reports.extend(answer);
+    }
+}
+
+/// The groups that are served here, by route. Those that were shown before go first.
+fn standings(
+    served: &BTreeMap<Topic, BTreeMap<Arc<str>, usize>>,
+    policy: &Policy,
+    reports: &HashMap<Topic, Vec<GroupReport>>,
+    shown: &BTreeSet<Series>,
+) -> BTreeMap<Series, Standing> {
+    let table = policy.table();
+    let mut standings: BTreeMap<Series, Standing> = BTreeMap::new();
+    for (topic, groups) in served {
+        let (Some(route), Some(found)) = (table.route_for(topic), reports.get(topic)) else { continue };
+        for report in found {
+            let Some((group, _)) = groups.get_key_value(report.name.as_str()) else { continue };
+            let standing = standings.entry((route.name.clone(), group.clone())).or_default();
+            standing.add(&Standing {
+                backlog: report.backlog,
+                unacked: report.unacked,
+                age: report.oldest.map_or(Duration::ZERO, |oldest| oldest.age()),
+            });
+        }
+    }
+    if standings.len() <= SERIES_MAX {
+        return standings;
+    }
+    let (mut kept, rest): (BTreeMap<_, _>, BTreeMap<_, _>) =
+        standings.into_iter().partition(|(series, _)| shown.contains(series) && &*series.1 != OTHER);
+    for ((route, group), standing) in rest {
+        let series = if kept.len() < SERIES_MAX { (route, group) } else { (route, OTHER.into()) };
+        kept.entry(series).or_default().add(&standing);
+    }
+    kept
+}
+
+impl Standing {
+    fn add(&mut self, other: &Standing) {
+        self.backlog += other.backlog;
+        self.unacked += other.unacked;
+        self.age = self.age.max(other.age);
+    }
+}

@@ -1,115 +1,146 @@
-//! Publishing: a producer for each topic (each partition, where it has some), and the line in front of it.
+//! Publishing: a producer for each topic (each partition, where it has some), and who may put how much in its line.
 //!
 //! ```text
-//! append ──waits for room──▶ line ──▶ producer ──▶ broker
-//! receipt ◀───────────────────────── receipts ◀────┘
+//! append ──finds──▶ producer ──waits for room──▶ its line ──▶ broker
+//! receipt ◀─────────────── receipts, or the sweep when time is over
 //! ```
-//! Not batched: the crate sends one batch and waits for its receipt, so that batches of 100 are slower than none.
-//! No producer has a fixed name: the crate numbers from zero after a restart, and a broker that drops duplicates by
-//! name and number would drop new messages for old ones and call them stored.
+//! One sweep over all lines holds every deadline, so that a message needs no clock of its own. It also closes producers
+//! that nobody uses.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use pulsar::error::{ConnectionError, ProducerError, ServiceDiscoveryError};
-use pulsar::producer::{self, SendFuture};
-use pulsar::proto::{MessageIdData, ServerError};
-use pulsar::{Error, Producer, ProducerOptions, Pulsar, TokioExecutor};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use super::batch::{Stored, Ticket};
+use super::cluster::Cluster;
 use super::fault::Fault;
-use super::feed;
-use super::names::Physical;
+use super::names::{self, Physical};
+use super::producer::{Common, Producer};
 use super::record;
-use crate::lane::contract::{LaneError, LaneState};
-use crate::message::{Message, Place};
+use super::room::Room;
+use crate::lane::contract::{LaneError, LaneState, Publisher};
+use crate::message::{Message, Place, Position, Timestamp};
+use crate::policy::table::Route;
+use crate::topic::Topic;
 
-/// The broker's own limit. The crate neither asks nor checks, and the broker answers what is larger by cutting the
-/// connection, over which the crate sends it again, and again.
-const MESSAGE_BYTES_MAX: usize = 5 << 20;
-/// Messages of one topic that have no receipt yet. Publishers wait while it is full.
-const IN_FLIGHT: usize = 2048;
-/// The same over all topics in bytes.
-const IN_FLIGHT_BYTES: usize = 64 << 20;
+/// Messages of one topic that have no receipt yet, and their bytes. Publishers wait while it is full.
+const LINE: (usize, usize) = (16 << 10, 32 << 20);
+/// The same over all topics.
+const ALL: (usize, usize) = (128 << 10, 64 << 20);
 /// Producers without work are closed after this, the least recently used first where there are too many.
 const IDLE: Duration = Duration::from_secs(300);
 const PRODUCERS_MAX: usize = 1000;
-const BUILD_TIMEOUT: Duration = Duration::from_secs(5);
-
-pub type Client = Pulsar<TokioExecutor>;
-/// The place in the partition that the message went to.
-pub type Stored = oneshot::Receiver<Result<Place, LaneError>>;
+/// Topics whose way to their producer is remembered; when it is full all are found again.
+const WAYS_MAX: usize = 10_000;
+/// A partition is looked for as often as partitions are.
+const WAY_FRESH: Duration = Duration::from_secs(30);
+/// How often the lines are swept at most.
+const SWEEP: Duration = Duration::from_millis(100);
 
 pub struct Producers {
-    lines: Mutex<HashMap<Physical, Line>>,
-    bytes: Arc<Semaphore>,
-    /// Counts uses, to know which producer was used last.
-    clock: AtomicU64,
-    common: Common,
-}
-
-/// What every producer's task needs.
-#[derive(Clone)]
-struct Common {
-    /// Absent until the first connection; replaced where a connection does not heal.
-    client: watch::Receiver<Option<Client>>,
+    lines: Mutex<HashMap<Physical, Arc<Producer>>>,
+    ways: RwLock<HashMap<Topic, Way>>,
+    common: Arc<Common>,
     state: watch::Receiver<LaneState>,
-    timeout: Duration,
-    stop: CancellationToken,
+    next: AtomicU64,
+    /// Publishers are numbered from 1 on every bridge; this makes their messages without a key go elsewhere on each.
+    keyless: u64,
 }
 
-#[derive(Clone)]
-struct Line {
-    items: mpsc::UnboundedSender<Item>,
-    room: Arc<Semaphore>,
-    used: Arc<AtomicU64>,
-    close: CancellationToken,
-}
-
-struct Item {
-    message: producer::Message,
-    stored: oneshot::Sender<Result<Place, LaneError>>,
-    deadline: Instant,
-    /// A probe goes out although the lane is down: how else would it be found up again?
-    probe: bool,
-    _room: (OwnedSemaphorePermit, OwnedSemaphorePermit),
+/// From a topic to its producer, where it has no partitions.
+struct Way {
+    route: Arc<Route>,
+    producer: Arc<Producer>,
+    found: Instant,
 }
 
 impl Producers {
     pub fn new(
-        client: watch::Receiver<Option<Client>>,
+        cluster: Arc<Cluster>,
         state: watch::Receiver<LaneState>,
         timeout: Duration,
         stop: CancellationToken,
-    ) -> Self {
-        Self {
+    ) -> Arc<Self> {
+        let room = Room::new(ALL.0, ALL.1);
+        let common = Common { cluster, room, timeout, runtime: Handle::current(), stop };
+        let producers = Arc::new(Self {
             lines: Mutex::default(),
-            bytes: Arc::new(Semaphore::new(IN_FLIGHT_BYTES)),
-            clock: AtomicU64::new(0),
-            common: Common { client, state, timeout, stop },
-        }
+            ways: RwLock::default(),
+            common: Arc::new(common),
+            state,
+            next: AtomicU64::new(1),
+            keyless: fastrand::u64(..),
+        });
+        tokio::spawn(sweep(producers.clone()));
+        producers
     }
 
     /// Puts a message in its topic's line, and waits for room in it.
-    pub async fn append(&self, physical: &Physical, message: Message) -> Result<Stored, LaneError> {
-        let message = record::outgoing(message)?;
-        let size = record::size(&message);
-        if size > MESSAGE_BYTES_MAX {
-            return Err(LaneError::TooLarge { size, max: MESSAGE_BYTES_MAX });
+    pub async fn append(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        message: Message,
+        publisher: Publisher,
+    ) -> Result<Receipt, LaneError> {
+        up(&self.state)?;
+        record::check(&message)?;
+        let (size, max) = (record::size(&message), self.common.cluster.message_bytes_max());
+        if size > max {
+            return Err(LaneError::TooLarge { size, max });
         }
-        let mut state = self.common.state.clone();
-        up(&state)?;
-        tokio::select! {
-            queued = timeout(self.common.timeout, self.queue(physical, message, size, self.common.timeout, false)) => {
-                queued.unwrap_or_else(|_| Err(LaneError::Unavailable(format!("`{physical}` took nothing in time"))))
-            }
-            down = down(&mut state) => Err(down),
+        let now = Instant::now();
+        let (producer, partition) = match self.known(route, topic, now) {
+            Some(producer) => (producer, None),
+            None => self.find(route, topic, &message, publisher, now).await?,
+        };
+        let partition = partition.map(|partition| (partition, message.ts));
+        let deadline = now + self.common.timeout;
+        let stored = self.queue(producer, message, size, deadline).await?;
+        Ok(Receipt { stored, partition })
+    }
+
+    fn known(&self, route: &Arc<Route>, topic: &Topic, now: Instant) -> Option<Arc<Producer>> {
+        let ways = self.ways.read().unwrap_or_else(PoisonError::into_inner);
+        let way = ways.get(topic)?;
+        (Arc::ptr_eq(&way.route, route) && now - way.found < WAY_FRESH).then(|| way.producer.clone())
+    }
+
+    async fn find(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        message: &Message,
+        publisher: Publisher,
+        now: Instant,
+    ) -> Result<(Arc<Producer>, Option<u32>), LaneError> {
+        let physical = Physical::of(route, topic)?;
+        let partitions = self.common.cluster.partitions(&physical).await.map_err(Fault::on_lane)?;
+        if partitions > 0 {
+            let partition = match &message.key {
+                Some(key) => names::partition_of(key, partitions),
+                None => (publisher.0.wrapping_add(self.keyless) % u64::from(partitions)) as u32,
+            };
+            let producer = self.line(&physical.partition(partition), false).await;
+            return Ok((producer, Some(partition)));
         }
+        let producer = self.line(&physical, false).await;
+        let way = Way { route: route.clone(), producer: producer.clone(), found: now };
+        let mut ways = self.ways.write().unwrap_or_else(PoisonError::into_inner);
+        if ways.len() >= WAYS_MAX {
+            ways.clear();
+        }
+        ways.insert(topic.clone(), way);
+        Ok((producer, None))
     }
 
     /// As `append`, whatever the state, and gives up soon.
@@ -119,12 +150,13 @@ impl Producers {
         message: Message,
         within: Duration,
     ) -> Result<Place, LaneError> {
-        let message = record::outgoing(message)?;
+        let deadline = Instant::now() + within;
         let probing = async {
-            let stored = self.queue(physical, message, 0, within, true).await?;
+            let producer = self.line(physical, true).await;
+            let stored = self.put(producer, message, 0, deadline).await;
             stored.await.unwrap_or_else(|_| Err(LaneError::Unavailable("the producer was closed".into())))
         };
-        timeout(within, probing).await.unwrap_or_else(|_| {
+        timeout_at(deadline, probing).await.unwrap_or_else(|_| {
             Err(LaneError::Unavailable(format!(
                 "the broker confirmed no write within {} ms",
                 within.as_millis()
@@ -134,71 +166,124 @@ impl Producers {
 
     async fn queue(
         &self,
-        physical: &Physical,
-        message: producer::Message,
+        producer: Arc<Producer>,
+        message: Message,
         size: usize,
-        within: Duration,
-        probe: bool,
-    ) -> Result<Stored, LaneError> {
-        let deadline = Instant::now() + within;
-        let line = self.line(physical);
-        let closed = |_| LaneError::Unavailable("the durable lane was closed".into());
-        let room = line.room.clone().acquire_owned().await.map_err(closed)?;
-        let bytes = self.bytes.clone().acquire_many_owned(size as u32).await.map_err(closed)?;
-        let (stored, receipt) = oneshot::channel();
-        let item = Item { message, stored, deadline, probe, _room: (room, bytes) };
-        match line.items.send(item) {
-            Ok(()) => Ok(receipt),
-            // It was closed for want of use just now; another is made for the message.
-            Err(mpsc::error::SendError(item)) => match self.line(physical).items.send(item) {
-                Ok(()) => Ok(receipt),
-                Err(_) => Err(LaneError::Unavailable("the durable lane was closed".into())),
-            },
+        deadline: Instant,
+    ) -> Result<oneshot::Receiver<Stored>, LaneError> {
+        let mut state = self.state.clone();
+        let queueing = self.put(producer, message, size, deadline);
+        tokio::pin!(queueing);
+        if let Some(stored) = (&mut queueing).now_or_never() {
+            return Ok(stored);
+        }
+        tokio::select! {
+            biased;
+            queued = timeout_at(deadline, &mut queueing) => queued.map_err(|_| {
+                LaneError::Unavailable("the line of messages without a receipt stayed full".into())
+            }),
+            down = down(&mut state) => Err(down),
         }
     }
 
-    fn line(&self, physical: &Physical) -> Line {
-        let now = self.clock.fetch_add(1, Ordering::Relaxed);
-        let mut lines = self.lock();
-        if let Some(line) = lines.get(physical).filter(|line| !line.items.is_closed()) {
-            line.used.store(now, Ordering::Relaxed);
-            return line.clone();
-        }
-        lines.retain(|_, line| !line.items.is_closed());
-        if lines.len() >= PRODUCERS_MAX {
-            let oldest = lines.iter().min_by_key(|(_, line)| line.used.load(Ordering::Relaxed));
-            if let Some((oldest, line)) = oldest.map(|(name, line)| (name.clone(), line.clone())) {
-                line.close.cancel();
-                lines.remove(&oldest);
+    async fn put(
+        &self,
+        mut producer: Arc<Producer>,
+        mut message: Message,
+        size: usize,
+        deadline: Instant,
+    ) -> oneshot::Receiver<Stored> {
+        let bytes = size as u32;
+        let (done, receipt) = oneshot::channel();
+        let mut ticket = Ticket { done, deadline, bytes };
+        loop {
+            {
+                let line = match producer.room.try_take(bytes) {
+                    Some(taken) => taken,
+                    None => producer.room.take(bytes).await,
+                };
+                let all = match self.common.room.try_take(bytes) {
+                    Some(taken) => taken,
+                    None => self.common.room.take(bytes).await,
+                };
+                match producer.push(message, ticket) {
+                    None => {
+                        line.keep();
+                        all.keep();
+                        return receipt;
+                    }
+                    Some(back) => (message, ticket) = back,
+                }
             }
+            // It was closed for want of use just now; another is made for the message.
+            producer = self.line(&producer.physical, producer.is_canary).await;
         }
-        // Bounded by `room`.
-        let (items, queue) = mpsc::unbounded_channel();
-        let close = self.common.stop.child_token();
-        let line = Line {
-            items,
-            room: Arc::new(Semaphore::new(IN_FLIGHT)),
-            used: Arc::new(AtomicU64::new(now)),
-            close: close.clone(),
-        };
-        tokio::spawn(Worker { physical: physical.clone(), common: self.common.clone(), queue, close }.run());
-        lines.insert(physical.clone(), line.clone());
-        line
+    }
+
+    /// A topic's producer, made where there is none. Where there are too many one without work makes place.
+    async fn line(&self, physical: &Physical, is_canary: bool) -> Arc<Producer> {
+        loop {
+            {
+                let mut lines = self.lock();
+                if let Some(line) = lines.get(physical).filter(|line| !line.is_closed()) {
+                    return line.clone();
+                }
+                if lines.len() < PRODUCERS_MAX || make_place(&mut lines) {
+                    let id = self.next.fetch_add(1, Ordering::Relaxed);
+                    let room = Room::new(LINE.0, LINE.1);
+                    let line = Producer::new(id, physical.clone(), is_canary, room, self.common.clone());
+                    lines.insert(physical.clone(), line.clone());
+                    return line;
+                }
+            }
+            // All of them have work; the first that has none any more makes place.
+            tokio::time::sleep(SWEEP).await;
+        }
     }
 
     /// Waits until everything under way has its receipt.
     pub async fn settle(&self) {
-        let lines: Vec<_> = self.lock().values().cloned().collect();
-        for line in lines {
-            // Fails only where the semaphore is closed, and nobody closes it.
-            let _ = line.room.acquire_many(IN_FLIGHT as u32).await;
-        }
+        self.common.room.is_free().await;
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Physical, Line>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Physical, Arc<Producer>>> {
         // The table is whole between any two statements, so a panic elsewhere spoils nothing.
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Closes the producer that was used last the longest ago, of those without work.
+fn make_place(lines: &mut HashMap<Physical, Arc<Producer>>) -> bool {
+    let idle = lines.values().filter_map(|line| Some((line.idle_since()?, line.clone())));
+    let Some((_, oldest)) = idle.min_by_key(|(since, _)| *since) else { return false };
+    oldest.close_if_idle() && lines.remove(&oldest.physical).is_some()
+}
+
+/// Holds the deadlines of all lines, and closes those that nobody uses. Ends with the lane.
+async fn sweep(producers: Arc<Producers>) {
+    let stop = producers.common.stop.clone();
+    // So often that what is given up a sweep early has had most of its time.
+    let every = (producers.common.timeout / 20).clamp(Duration::from_millis(5), SWEEP);
+    let mut state = producers.state.clone();
+    while !stop.is_cancelled() {
+        let lines: Vec<_> = producers.lock().values().cloned().collect();
+        let down = up(&state).err();
+        state.mark_unchanged();
+        for line in lines {
+            let idle = line.sweep(Instant::now() + every, down.as_ref());
+            if idle.is_some_and(|since| since.elapsed() > IDLE) && line.close_if_idle() {
+                producers.lock().remove(&line.physical);
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(every) => {}
+            _ = state.changed() => {}
+            () = stop.cancelled() => {}
+        }
+    }
+    let closed = LaneError::Unavailable("the durable lane was closed".into());
+    let lines: Vec<_> = producers.lock().drain().map(|(_, line)| line).collect();
+    lines.into_iter().for_each(|line| line.close(&closed));
 }
 
 /// Refuses while the lane is down.
@@ -221,162 +306,25 @@ async fn down(state: &mut watch::Receiver<LaneState>) -> LaneError {
     }
 }
 
-/// Owns a topic's producer.
-struct Worker {
-    physical: Physical,
-    common: Common,
-    queue: mpsc::UnboundedReceiver<Item>,
-    close: CancellationToken,
+/// What becomes of a message. The sweep sees to it that it never waits longer than the publish timeout.
+pub struct Receipt {
+    stored: oneshot::Receiver<Stored>,
+    /// The partition it went to, and when it was accepted; none: the topic has no partitions.
+    partition: Option<(u32, Timestamp)>,
 }
 
-impl Worker {
-    async fn run(mut self) {
-        let mut producer: Option<Producer<TokioExecutor>> = None;
-        let mut client = self.common.client.clone();
-        // Receipts come in the order of sending. Bounded by the room that each of them holds.
-        let (receipts, waiting) = mpsc::unbounded_channel();
-        tokio::spawn(confirm(waiting));
-        loop {
-            let item = tokio::select! {
-                item = timeout(IDLE, self.queue.recv()) => item,
-                () = self.close.cancelled() => Ok(None),
-            };
-            let Ok(Some(item)) = item else { break };
-            // Whoever waits for it has been told that the outcome is not known, so it need not go out any more.
-            if item.deadline <= Instant::now() {
-                continue;
+impl Future for Receipt {
+    type Output = Result<Position, LaneError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let partition = self.partition;
+        Pin::new(&mut self.stored).poll(context).map(|stored| match (stored, partition) {
+            (Ok(Ok(place)), None) => Ok(Position::Whole(place)),
+            (Ok(Ok(place)), Some((number, ts))) => Ok(Position::in_partition(number, place, ts)),
+            (Ok(Err(error)), _) => Err(error),
+            (Err(_), _) => {
+                Err(LaneError::OutcomeUnknown("the producer ended before the receipt came".into()))
             }
-            if client.has_changed().unwrap_or_default() {
-                client.mark_unchanged();
-                producer = None;
-            }
-            let mut state = self.common.state.clone();
-            let sending = self.send(&mut producer, &client, item.message);
-            let sent = tokio::select! {
-                biased;
-                // Given up half-way, nothing was handed to the connection.
-                down = down(&mut state), if !item.probe => Err(down),
-                sent = sending => sent,
-                () = tokio::time::sleep_until(item.deadline), if item.probe => continue,
-            };
-            match sent {
-                // Fails only where its task is gone, and it lives as long as this sender.
-                Ok(sent) => drop(receipts.send((sent, item.stored, item._room))),
-                Err(error) => drop(item.stored.send(Err(error))),
-            }
-        }
-        self.queue.close();
-        // What slipped in behind is answered: nobody sends it.
-        while let Ok(item) = self.queue.try_recv() {
-            let _ = item.stored.send(Err(LaneError::Unavailable("the producer was closed".into())));
-        }
+        })
     }
-
-    async fn send(
-        &self,
-        producer: &mut Option<Producer<TokioExecutor>>,
-        client: &watch::Receiver<Option<Client>>,
-        message: producer::Message,
-    ) -> Result<SendFuture, LaneError> {
-        let ready = match producer {
-            Some(ready) => ready,
-            None => producer.insert(self.build(client).await?),
-        };
-        match ready.send_non_blocking(message).await {
-            Ok(sent) => Ok(sent),
-            Err(error) => {
-                // A producer that failed may stay failed: the next message makes another.
-                *producer = None;
-                Err(fault(error).on_lane())
-            }
-        }
-    }
-
-    async fn build(
-        &self,
-        client: &watch::Receiver<Option<Client>>,
-    ) -> Result<Producer<TokioExecutor>, LaneError> {
-        let client = client.borrow().clone();
-        let client = client.ok_or_else(|| LaneError::Unavailable("there is no connection yet".into()))?;
-        let options = ProducerOptions { block_queue_if_full: true, ..Default::default() };
-        let building = client.producer().with_topic(self.physical.as_str()).with_options(options).build();
-        // In a task of its own: a build that is given up half-way leaves the crate's connection table with an entry
-        // that all later ones wait for.
-        match timeout(BUILD_TIMEOUT, tokio::spawn(building)).await {
-            Ok(Ok(built)) => built.map_err(|error| fault(error).on_lane()),
-            Ok(Err(_)) | Err(_) => {
-                Err(LaneError::Unavailable(format!("no producer for `{}` in time", self.physical)))
-            }
-        }
-    }
-}
-
-type Sent =
-    (SendFuture, oneshot::Sender<Result<Place, LaneError>>, (OwnedSemaphorePermit, OwnedSemaphorePermit));
-
-async fn confirm(mut waiting: mpsc::UnboundedReceiver<Sent>) {
-    while let Some((sent, stored, _room)) = waiting.recv().await {
-        let result = match sent.await {
-            Ok(receipt) => placed(receipt.message_id),
-            Err(error) => Err(unconfirmed(error)),
-        };
-        // A receipt that nobody waits for takes nothing back.
-        let _ = stored.send(result);
-    }
-}
-
-fn placed(id: Option<MessageIdData>) -> Result<Place, LaneError> {
-    match id {
-        Some(id) if id.ledger_id != u64::MAX => Ok(feed::place(&id)),
-        // What a broker says of a duplicate.
-        _ => Err(LaneError::OutcomeUnknown(
-            "the broker confirmed the message and did not say where it is".into(),
-        )),
-    }
-}
-
-/// What is known of a message that was handed to the connection and has no receipt.
-fn unconfirmed(error: Error) -> LaneError {
-    match fault(error) {
-        // The broker's answer to this very message: it has not taken it and will not.
-        refused if refused.is_lasting() => refused.on_lane(),
-        other => LaneError::OutcomeUnknown(format!("the broker did not confirm the message ({other})")),
-    }
-}
-
-fn fault(error: Error) -> Fault {
-    let said = error.to_string();
-    let refused = |error: Option<ServerError>, text: Option<String>| match error {
-        Some(error) => Fault::refused(error as i32, text.unwrap_or_default()),
-        None => Fault::Lost(said.clone()),
-    };
-    match error {
-        Error::Connection(ConnectionError::PulsarError(error, text))
-        | Error::Producer(ProducerError::Connection(ConnectionError::PulsarError(error, text)))
-        | Error::ServiceDiscovery(
-            ServiceDiscoveryError::Query(error, text)
-            | ServiceDiscoveryError::Connection(ConnectionError::PulsarError(error, text)),
-        ) => refused(error, text),
-        _ => Fault::Lost(said),
-    }
-}
-
-/// The receipt as the contract has it: never later than the publish timeout.
-pub fn receipt<T: Send + 'static>(
-    stored: Stored,
-    within: Duration,
-    position: impl FnOnce(Place) -> T + Send + 'static,
-) -> futures_util::future::BoxFuture<'static, Result<T, LaneError>> {
-    let deadline = Instant::now() + within;
-    async move {
-        match timeout_at(deadline, stored).await {
-            Ok(Ok(result)) => result.map(position),
-            Ok(Err(_)) => Err(LaneError::OutcomeUnknown("the producer ended before the receipt came".into())),
-            Err(_) => Err(LaneError::OutcomeUnknown(format!(
-                "the broker did not confirm the message within {} s",
-                within.as_secs_f32()
-            ))),
-        }
-    }
-    .boxed()
 }

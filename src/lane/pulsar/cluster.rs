@@ -12,7 +12,7 @@ use super::address::Address;
 use super::credentials::Credentials;
 use super::fault::Fault;
 use super::names::Physical;
-use super::session::Session;
+use super::session::{self, Session};
 
 const REDIRECTS_MAX: usize = 20;
 /// Java clients look for new partitions as often.
@@ -28,6 +28,8 @@ pub struct Cluster {
     credentials: Credentials,
     sessions: Mutex<HashMap<Address, Slot>>,
     partitions: Mutex<HashMap<Physical, (u32, Instant)>>,
+    /// What the broker that was connected last takes at most.
+    message_bytes_max: AtomicUsize,
     closed: AtomicBool,
 }
 
@@ -48,6 +50,7 @@ impl Cluster {
             credentials,
             sessions: Mutex::default(),
             partitions: Mutex::default(),
+            message_bytes_max: AtomicUsize::new(session::MESSAGE_BYTES_MAX),
             closed: AtomicBool::new(false),
         }
     }
@@ -138,14 +141,32 @@ impl Cluster {
             return Err(fault.clone());
         }
         let connected = Session::connect(address, &self.credentials).await;
+        if let Ok(session) = &connected {
+            self.message_bytes_max.store(session.message_bytes_max, Ordering::Relaxed);
+        }
         broker.session = connected.as_ref().ok().cloned();
         broker.failed = connected.as_ref().err().map(|fault| (Instant::now(), fault.clone()));
         connected
     }
 
-    /// Ends every connection; their users are told.
+    /// The largest entry that the brokers take, as far as is known.
+    pub fn message_bytes_max(&self) -> usize {
+        self.message_bytes_max.load(Ordering::Relaxed)
+    }
+
+    /// Ends every connection, and asks another service first from now on.
+    pub fn turn(&self) {
+        self.current.fetch_add(1, Ordering::Relaxed);
+        self.disconnect();
+    }
+
+    /// Ends every connection for good; their users are told.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Relaxed);
+        self.disconnect();
+    }
+
+    fn disconnect(&self) {
         let slots: Vec<_> = self
             .sessions
             .lock()

@@ -2,9 +2,6 @@
 
 use std::sync::Arc;
 
-use async_trait::async_trait;
-use pulsar::authentication::Authentication;
-use pulsar::error::AuthenticationError;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
@@ -22,7 +19,7 @@ pub struct Credentials {
 
 impl Credentials {
     pub fn read(settings: &DurableSettings) -> Result<Self, String> {
-        // Both clients of this lane and reqwest ask for the process's provider; a second call changes nothing.
+        // The session and reqwest ask for the process's provider; a second call changes nothing.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let ca = settings.tls.as_ref().and_then(|tls| tls.ca.as_ref());
         let roots = ca
@@ -56,24 +53,5 @@ impl Credentials {
 
     pub fn has_token(&self) -> bool {
         self.token.is_some()
-    }
-}
-
-/// The producer crate asks at each connect and whenever the broker challenges.
-#[async_trait]
-impl Authentication for Credentials {
-    fn auth_method_name(&self) -> String {
-        "token".into()
-    }
-
-    async fn initialize(&mut self) -> Result<(), AuthenticationError> {
-        Ok(())
-    }
-
-    async fn auth_data(&mut self) -> Result<Vec<u8>, AuthenticationError> {
-        match self.token() {
-            Ok(token) => Ok(token.unwrap_or_default().into_bytes()),
-            Err(error) => Err(AuthenticationError::Retriable(error.to_string())),
-        }
     }
 }

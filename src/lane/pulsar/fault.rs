@@ -43,6 +43,17 @@ impl Fault {
         )
     }
 
+    /// Whether messages that wait for a producer are refused rather than kept.
+    pub fn refuses_messages(&self) -> bool {
+        use ServerError as E;
+        let Fault::Refused { error, .. } = self else { return self.is_lasting() };
+        self.is_lasting()
+            || matches!(
+                error,
+                E::ProducerBlockedQuotaExceededError | E::ProducerBlockedQuotaExceededException
+            )
+    }
+
     pub fn is_not_found(&self) -> bool {
         matches!(self, Fault::Refused { error: ServerError::TopicNotFound, .. })
     }

@@ -36,12 +36,23 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
 /// Waits between attempts: longer each time, and not in step with others.
-#[derive(Default)]
 pub struct Backoff {
+    first: Duration,
+    max: Duration,
     failed: u32,
 }
 
+impl Default for Backoff {
+    fn default() -> Self {
+        Self::between((BACKOFF_FIRST, BACKOFF_MAX))
+    }
+}
+
 impl Backoff {
+    pub fn between((first, max): (Duration, Duration)) -> Self {
+        Self { first, max, failed: 0 }
+    }
+
     pub fn reset(&mut self) {
         self.failed = 0;
     }
@@ -51,10 +62,15 @@ impl Backoff {
         self.failed == 0
     }
 
-    pub async fn wait(&mut self) {
-        let delay = BACKOFF_FIRST.saturating_mul(1 << self.failed.min(10)).min(BACKOFF_MAX);
+    /// How long to wait after another failure.
+    pub fn next(&mut self) -> Duration {
+        let delay = self.first.saturating_mul(1 << self.failed.min(10)).min(self.max);
         self.failed = self.failed.saturating_add(1);
-        tokio::time::sleep(delay.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+        delay.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+
+    pub async fn wait(&mut self) {
+        tokio::time::sleep(self.next()).await;
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! connecting ──a probe is confirmed──▶ up ──two in a row are not──▶ down ──a probe is confirmed──▶ up
-//!                                                                    └──for 8 s──▶ connect anew, to the next URL
+//!                                                                    └──every 8 s──▶ connect anew, to the next URL
 //! ```
 //! Nothing less tells a broker that answers from one that stores: a frozen process keeps its sockets, and a broker
 //! without its bookies keeps answering pings. The price is a message of some 150 bytes a second on one topic, which
@@ -13,15 +13,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use pulsar::{ConnectionRetryOptions, OperationRetryOptions, Pulsar, TokioExecutor};
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::append::{Client, Producers};
-use super::credentials::Credentials;
-use super::feed::Backoff;
+use super::append::Producers;
+use super::cluster::Cluster;
 use super::names::Physical;
 use crate::lane::contract::{LaneError, LaneState};
 use crate::message::{Draft, Lane};
@@ -36,15 +34,12 @@ const EVERY: Duration = Duration::from_secs(1);
 const WITHIN: Duration = Duration::from_millis(800);
 const MISSES: u32 = 2;
 const RECONNECT_AFTER: Duration = Duration::from_secs(8);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub struct Health {
-    pub urls: Vec<String>,
-    pub credentials: Credentials,
-    pub publish_timeout: Duration,
+    /// Of the publishing connections.
+    pub cluster: Arc<Cluster>,
     pub canary: Arc<Canary>,
     pub metrics: Arc<Metrics>,
-    pub client: watch::Sender<Option<Client>>,
     pub state: watch::Sender<LaneState>,
 }
 
@@ -58,26 +53,10 @@ impl Health {
     }
 
     async fn watch(&self) {
-        let mut backoff = Backoff::default();
-        for url in self.urls.iter().cycle() {
-            match self.connect(url).await {
-                Ok(client) => {
-                    self.client.send_replace(Some(client));
-                    self.probe_while_it_heals().await;
-                    // A new connection cures what waiting does not: the crate notices a dead peer late.
-                }
-                Err(why) => self.is_down(format!("cannot connect to {url}: {why}")),
-            }
-            backoff.wait().await;
-        }
-    }
-
-    /// Probes until the lane has been down for too long.
-    async fn probe_while_it_heals(&self) {
         let mut ticks = interval(EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (mut misses, mut well) = (0, Instant::now());
-        while well.elapsed() < RECONNECT_AFTER {
+        loop {
             if misses == 0 || misses >= MISSES {
                 ticks.tick().await;
             }
@@ -92,39 +71,13 @@ impl Health {
                     if misses >= MISSES {
                         self.is_down(error.to_string());
                     }
+                    if well.elapsed() > RECONNECT_AFTER {
+                        // A service that answers and whose broker stores nothing: another may know a better one.
+                        self.cluster.turn();
+                        well = Instant::now();
+                    }
                 }
             }
-        }
-    }
-
-    async fn connect(&self, url: &str) -> Result<Client, String> {
-        let retries = ConnectionRetryOptions {
-            min_backoff: Duration::from_millis(100),
-            max_backoff: Duration::from_secs(1),
-            // Few, since this lane tries again by itself, at the next URL.
-            max_retries: 2,
-            connection_timeout: Duration::from_secs(2),
-            keep_alive: Duration::from_secs(10),
-            ..Default::default()
-        };
-        let operations = OperationRetryOptions {
-            operation_timeout: self.publish_timeout,
-            retry_delay: Duration::from_millis(500),
-            max_retries: Some(6),
-        };
-        let mut builder = Pulsar::builder(url, TokioExecutor)
-            .with_connection_retry_options(retries)
-            .with_operation_retry_options(operations)
-            .with_outbound_channel_size(2000);
-        if self.credentials.has_token() {
-            builder = builder.with_auth_provider(Box::new(self.credentials.clone()));
-        }
-        if let Some(roots) = &self.credentials.roots {
-            builder = builder.with_certificate_chain(roots.clone());
-        }
-        match timeout(CONNECT_TIMEOUT, builder.build()).await {
-            Ok(built) => built.map_err(|error| error.to_string()),
-            Err(_) => Err("no answer in time".into()),
         }
     }
 

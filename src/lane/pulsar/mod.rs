@@ -4,11 +4,12 @@
 //!              append            tail, read, join            create, backlog, last n
 //!                │                      │                           │
 //!           producers              feed, group                    admin
-//!        (the pulsar crate)         session                       (HTTP)
+//!            session                 session                       (HTTP)
 //!                └───────── broker ─────┴──────────── broker ───────┘
 //! ```
 //! Publishing and reading have connections of their own, so that neither waits behind the other and trouble of one is
-//! not the other's. What the rest of twinspan sees is `DurableLane` alone; the crate is named only in this folder.
+//! not the other's. What the rest of twinspan sees is `DurableLane` alone. Of the `pulsar` crate only the protocol's
+//! types are used, and only in this folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use super::contract::{
 };
 use super::settings::DurableSettings;
 use super::tail::Tail;
-use crate::message::{GroupMode, Lane, Message, Position, Start};
+use crate::message::{GroupMode, Lane, Message, Start};
 use crate::origin::Problem;
 use crate::policy::Policy;
 use crate::policy::table::Route;
@@ -33,6 +34,7 @@ use crate::topic::{Pattern, Topic};
 mod address;
 mod admin;
 mod append;
+mod batch;
 mod cluster;
 mod consumer;
 mod credentials;
@@ -46,8 +48,10 @@ mod health;
 mod held;
 mod names;
 pub mod peer;
+mod producer;
 mod read;
 mod record;
+mod room;
 mod session;
 mod share;
 
@@ -67,14 +71,14 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(4);
 
 pub struct PulsarLane {
     policy: Policy,
+    /// The connections for reading, and those for publishing.
     cluster: Arc<Cluster>,
+    publishing: Arc<Cluster>,
     admin: Admin,
     producers: Arc<Producers>,
     canary: Arc<Canary>,
     tails: Tails,
     publish_timeout: Duration,
-    /// Publishers are numbered from 1 on every bridge; this makes their messages without a key go elsewhere on each.
-    keyless: u64,
     state: watch::Receiver<LaneState>,
     stop: CancellationToken,
     _end: DropGuard,
@@ -106,31 +110,23 @@ impl PulsarLane {
         let admin = Admin::new(&settings.admin_url, credentials.clone()).map_err(Unusable)?;
 
         let stop = CancellationToken::new();
-        let (client, clients) = watch::channel(None);
         let (states, state) =
             watch::channel(LaneState::Down(format!("connecting to {}", settings.url.join(", "))));
+        let publishing = Arc::new(Cluster::new(services.clone(), credentials.clone()));
         let producers =
-            Arc::new(Producers::new(clients, state.clone(), settings.publish_timeout, stop.child_token()));
+            Producers::new(publishing.clone(), state.clone(), settings.publish_timeout, stop.child_token());
         let canary = Arc::new(Canary::new(policy.clone(), producers.clone()));
-        let health = Health {
-            urls: settings.url.clone(),
-            credentials: credentials.clone(),
-            publish_timeout: settings.publish_timeout,
-            canary: canary.clone(),
-            metrics,
-            client,
-            state: states,
-        };
+        let health = Health { cluster: publishing.clone(), canary: canary.clone(), metrics, state: states };
         tokio::spawn(health.run(stop.child_token()));
         Ok(Arc::new(Self {
             policy,
             cluster: Arc::new(Cluster::new(services, credentials)),
+            publishing,
             admin,
             producers,
             canary,
             tails: Tails::default(),
             publish_timeout: settings.publish_timeout,
-            keyless: fastrand::u64(..),
             state,
             _end: stop.clone().drop_guard(),
             stop,
@@ -157,22 +153,7 @@ impl DurableLane for PulsarLane {
         message: Message,
         publisher: Publisher,
     ) -> Result<Receipt, LaneError> {
-        self.up()?;
-        let physical = Physical::of(route, topic)?;
-        let partitions = self.cluster.partitions(&physical).await.map_err(Fault::on_lane)?;
-        if partitions == 0 {
-            let stored = self.producers.append(&physical, message).await?;
-            return Ok(append::receipt(stored, self.publish_timeout, Position::Whole));
-        }
-        let partition = match &message.key {
-            Some(key) => names::partition_of(key, partitions),
-            None => (publisher.0.wrapping_add(self.keyless) % u64::from(partitions)) as u32,
-        };
-        let ts = message.ts;
-        let stored = self.producers.append(&physical.partition(partition), message).await?;
-        Ok(append::receipt(stored, self.publish_timeout, move |place| {
-            Position::in_partition(partition, place, ts)
-        }))
+        Ok(Box::pin(self.producers.append(route, topic, message, publisher).await?))
     }
 
     async fn tail(&self, route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError> {
@@ -292,5 +273,6 @@ impl DurableLane for PulsarLane {
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.producers.settle()).await;
         self.stop.cancel();
         self.cluster.close();
+        self.publishing.close();
     }
 }

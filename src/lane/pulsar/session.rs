@@ -1,31 +1,37 @@
-//! One connection to one broker, shared by everything here that reads from it.
+//! One connection to one broker, shared by everything here that reads from it or publishes to it.
 //!
 //! ```text
-//! requests, acks, permits ──▶ outgoing ──▶ writer ──▶ broker
-//! request's caller ◀── answer ◀────┐                    │
-//! consumer's owner ◀── events ◀── reader ◀──────────────┘
+//! requests, acks, permits ──▶ outgoing ──▶ ┌────────┐
+//! outlets with something to send ◀──take── │ writer │ ──▶ broker
+//!                                          └────────┘       │
+//! request's caller ◀── answer ◀───┐                         │
+//! consumer's owner ◀── events ◀── reader ◀──────────────────┘
+//! outlet ◀── receipts ◀───────────┘
 //! ```
-//! Why not the crate's `Consumer` and `Reader`, which have all this inside: they give the broker new permits whether or
-//! not anybody took what came, so that a member's prefetch bounds nothing; a consumer that waits for its owner to take
-//! a message sends no acknowledgement meanwhile; no acknowledgement is ever confirmed; and after a reconnect a reader
-//! begins again where it once began. Here permits are given by whoever has room, an acknowledgement has an answer, and
-//! a connection that is lost is told to its users, who know where they stood.
+//! Why not the crate's client, which has all this inside. Its `Consumer` and `Reader` give the broker new permits
+//! whether or not anybody took what came, so that a member's prefetch bounds nothing; a consumer that waits for its
+//! owner to take a message sends no acknowledgement meanwhile; no acknowledgement is ever confirmed; and after a
+//! reconnect a reader begins again where it once began. Its `Producer` has one batch under way at a time. Here permits
+//! are given by whoever has room, an acknowledgement has an answer, an outlet is asked for what it has whenever the
+//! wire is free, and a connection that is lost is told to its users, who know where they stood.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Buf, Bytes, BytesMut};
 use pulsar::proto::base_command::Type;
 use pulsar::proto::{
-    AuthData, BaseCommand, CommandAuthResponse, CommandCloseConsumer, CommandConnect,
+    AuthData, BaseCommand, CommandAuthResponse, CommandCloseConsumer, CommandCloseProducer, CommandConnect,
     CommandGetTopicsOfNamespace, CommandLookupTopic, CommandLookupTopicResponse,
-    CommandPartitionedTopicMetadata, CommandPing, CommandPong, FeatureFlags, MessageIdData,
+    CommandPartitionedTopicMetadata, CommandPing, CommandPong, CommandProducer, CommandProducerSuccess,
+    CommandSendError, CommandSendReceipt, FeatureFlags, MessageIdData,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -39,8 +45,17 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// After so long without a byte from the broker it is asked for one, and given up on after the second time.
 const PING_AFTER: Duration = Duration::from_secs(3);
 const LOST_AFTER: Duration = Duration::from_secs(8);
+/// A broker that is asked for a producer whose name it still knows from a lost connection first looks for 5 s whether
+/// anybody is there.
+const PRODUCER_TIMEOUT: Duration = Duration::from_secs(8);
 /// Commands that wait to be written. Callers wait while it is full.
 const OUTGOING: usize = 1024;
+/// What is read with one call at least, if it is there.
+const READ_BYTES: usize = 64 << 10;
+/// Pieces up to this are copied together, larger ones are written from where they are.
+const COPIED_BYTES_MAX: usize = 4 << 10;
+/// Where the broker does not say: its default.
+pub const MESSAGE_BYTES_MAX: usize = 5 << 20;
 
 /// An entry on its way to the owner of a consumer.
 #[derive(Debug)]
@@ -53,15 +68,32 @@ pub struct Delivery {
     pub entry: Result<Entry, Broken>,
 }
 
+/// What publishes on a session. Each time it was attached it gets another `epoch`, and what is said of an earlier one
+/// is no longer its business.
+pub trait Outlet: Send + Sync {
+    /// The wire is free: adds what is to be sent now.
+    fn take(&self, epoch: u64, pieces: &mut Pieces);
+    fn confirmed(self: Arc<Self>, epoch: u64, receipt: CommandSendReceipt);
+    fn refused(self: Arc<Self>, epoch: u64, refusal: CommandSendError);
+    /// It is attached no more, since the connection was lost or the broker closed the producer.
+    fn detached(self: Arc<Self>, epoch: u64);
+}
+
 pub struct Session {
     shared: Arc<Shared>,
     outgoing: mpsc::Sender<BaseCommand>,
+    /// The largest entry that the broker takes.
+    pub message_bytes_max: usize,
     next: AtomicU64,
     _end: DropGuard,
 }
 
 struct Shared {
     users: Mutex<Users>,
+    /// The outlets that have something to send; each stands here once.
+    ready: Mutex<Vec<u64>>,
+    /// Something became ready.
+    wake: Notify,
     end: CancellationToken,
 }
 
@@ -69,6 +101,7 @@ struct Shared {
 struct Users {
     waiting: HashMap<u64, oneshot::Sender<Result<BaseCommand, Fault>>>,
     consumers: HashMap<u64, mpsc::UnboundedSender<Delivery>>,
+    outlets: HashMap<u64, (u64, Arc<dyn Outlet>)>,
     lost: Option<String>,
 }
 
@@ -88,17 +121,22 @@ impl Session {
         // Otherwise a permit or an acknowledgement waits for the broker's delayed ACK: 40 ms.
         stream.set_nodelay(true).map_err(lost)?;
         if !address.tls {
-            return Self::start(stream, address, credentials).await;
+            return Self::start(stream.into_split(), address, credentials).await;
         }
         let name = tokio_rustls::rustls::pki_types::ServerName::try_from(address.host.clone())
             .map_err(|_| Fault::Lost(format!("`{}` is no name that a certificate can have", address.host)))?;
         let stream = credentials.tls.connect(name, stream).await.map_err(lost)?;
-        Self::start(stream, address, credentials).await
+        Self::start(tokio::io::split(stream), address, credentials).await
     }
 
-    async fn start<S>(mut stream: S, address: &Address, credentials: &Credentials) -> Result<Arc<Self>, Fault>
+    async fn start<R, W>(
+        (mut reading, mut writing): (R, W),
+        address: &Address,
+        credentials: &Credentials,
+    ) -> Result<Arc<Self>, Fault>
     where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        R: AsyncRead + Send + Unpin + 'static,
+        W: AsyncWrite + Send + Unpin + 'static,
     {
         let broken = |error: std::io::Error| Fault::Lost(format!("lost {}: {error}", address.host));
         let token = credentials.token().map_err(|error| Fault::Lost(error.to_string()))?;
@@ -117,21 +155,28 @@ impl Session {
         let connect = BaseCommand { connect: Some(connect), ..command(Type::Connect) };
         let mut bytes = BytesMut::new();
         frame::encode(&connect, &mut bytes);
-        stream.write_all(&bytes).await.map_err(broken)?;
-        stream.flush().await.map_err(broken)?;
+        writing.write_all(&bytes).await.map_err(broken)?;
+        writing.flush().await.map_err(broken)?;
         bytes.clear();
-        let answer = read_frame(&mut stream, &mut bytes).await?.command;
+        let answer = read_command(&mut reading, &mut bytes).await?;
         if let Some(error) = answer.error {
-            return Err(Fault::refused(error.error, error.message));
+            // Not the answer to a question: there is no connection, and a token that is refused may be replaced.
+            let refused = Fault::refused(error.error, error.message);
+            return Err(Fault::Lost(format!("cannot connect to {}: {refused}", address.host)));
         }
-        if answer.connected.is_none() {
+        let Some(connected) = answer.connected else {
             return Err(Fault::Lost(format!("what answers at {} is not a Pulsar broker", address.host)));
-        }
+        };
+        let max = connected.max_message_size.and_then(|max| usize::try_from(max).ok());
 
         let end = CancellationToken::new();
-        let shared = Arc::new(Shared { users: Mutex::default(), end: end.clone() });
+        let shared = Arc::new(Shared {
+            users: Mutex::default(),
+            ready: Mutex::default(),
+            wake: Notify::new(),
+            end: end.clone(),
+        });
         let (outgoing, commands) = mpsc::channel(OUTGOING);
-        let (reading, writing) = tokio::io::split(stream);
         let reader = Incoming {
             shared: shared.clone(),
             outgoing: outgoing.clone(),
@@ -140,7 +185,13 @@ impl Session {
         };
         tokio::spawn(write(writing, commands, shared.clone()));
         tokio::spawn(reader.run(reading, bytes));
-        Ok(Arc::new(Self { shared, outgoing, next: AtomicU64::new(1), _end: end.drop_guard() }))
+        Ok(Arc::new(Self {
+            shared,
+            outgoing,
+            message_bytes_max: max.filter(|max| *max > 0).unwrap_or(MESSAGE_BYTES_MAX),
+            next: AtomicU64::new(1),
+            _end: end.drop_guard(),
+        }))
     }
 
     pub fn is_lost(&self) -> bool {
@@ -154,6 +205,14 @@ impl Session {
 
     /// Sends a command that has an answer, and waits for it.
     pub async fn request(&self, make: impl FnOnce(u64) -> BaseCommand) -> Result<BaseCommand, Fault> {
+        self.request_within(ANSWER_TIMEOUT, make).await
+    }
+
+    async fn request_within(
+        &self,
+        within: Duration,
+        make: impl FnOnce(u64) -> BaseCommand,
+    ) -> Result<BaseCommand, Fault> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         {
@@ -168,7 +227,7 @@ impl Session {
             self.send(make(id)).await?;
             answered.await.unwrap_or_else(|_| Err(self.shared.why()))
         };
-        match timeout(ANSWER_TIMEOUT, asked).await {
+        match timeout(within, asked).await {
             Ok(answer) => answer,
             Err(_) => Err(Fault::Lost("the broker did not answer in time".into())),
         }
@@ -235,6 +294,58 @@ impl Session {
         Ok(answer.get_topics_of_namespace_response.ok_or_else(unexpected)?.topics)
     }
 
+    /// Makes an outlet the producer that is asked for. What it is told from then on is of this epoch.
+    pub async fn produce(
+        &self,
+        outlet: Arc<dyn Outlet>,
+        command: CommandProducer,
+    ) -> Result<CommandProducerSuccess, Fault> {
+        let (id, epoch) = (command.producer_id, command.epoch.unwrap_or_default());
+        self.shared.users().outlets.insert(id, (epoch, outlet));
+        let answer = self
+            .request_within(PRODUCER_TIMEOUT, |request_id| BaseCommand {
+                producer: Some(CommandProducer { request_id, ..command }),
+                ..self::command(Type::Producer)
+            })
+            .await;
+        match answer.and_then(|answer| answer.producer_success.ok_or_else(unexpected)) {
+            Ok(success) => Ok(success),
+            Err(fault) => {
+                // It may have become one after all, and a second with its number would be refused for ever.
+                self.end_producer(id, epoch);
+                Err(fault)
+            }
+        }
+    }
+
+    /// Whether the outlet is attached. It is not told twice that it is no more.
+    pub fn has_producer(&self, id: u64, epoch: u64) -> bool {
+        self.shared.users().outlets.get(&id).is_some_and(|(attached, _)| *attached == epoch)
+    }
+
+    /// Closes a producer at the broker, unless the broker has closed it. The outlet is not told.
+    pub fn end_producer(&self, id: u64, epoch: u64) {
+        {
+            let mut users = self.shared.users();
+            match users.outlets.get(&id) {
+                Some((attached, _)) if *attached == epoch => users.outlets.remove(&id),
+                _ => return,
+            };
+        }
+        let request_id = self.next.fetch_add(1, Ordering::Relaxed);
+        let close = CommandCloseProducer { producer_id: id, request_id };
+        let close = BaseCommand { close_producer: Some(close), ..command(Type::CloseProducer) };
+        if self.outgoing.try_send(close).is_err() {
+            self.shared.lose("the broker takes nothing any more");
+        }
+    }
+
+    /// Has the writer ask the outlet for what it has. Whoever calls sees to it that it is not asked for twice.
+    pub fn is_ready(&self, id: u64) {
+        self.shared.ready().push(id);
+        self.shared.wake.notify_one();
+    }
+
     /// A consumer's number, and what the broker will send it. Bounded by the permits that its owner gives.
     pub fn attach(&self) -> (u64, mpsc::UnboundedReceiver<Delivery>) {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -276,6 +387,14 @@ impl Shared {
         self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn ready(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn outlet(&self, id: u64) -> Option<(u64, Arc<dyn Outlet>)> {
+        self.users().outlets.get(&id).cloned()
+    }
+
     fn why(&self) -> Fault {
         Fault::Lost(self.users().lost.clone().unwrap_or_else(|| "the connection was lost".into()))
     }
@@ -286,8 +405,78 @@ impl Shared {
         users.lost.get_or_insert_with(|| why.into());
         users.waiting.clear();
         users.consumers.clear();
+        let outlets = std::mem::take(&mut users.outlets);
         drop(users);
         self.end.cancel();
+        for (epoch, outlet) in outlets.into_values() {
+            outlet.detached(epoch);
+        }
+    }
+}
+
+/// What one write carries.
+#[derive(Default)]
+pub struct Pieces {
+    whole: VecDeque<Bytes>,
+    /// Small ones, copied together.
+    small: BytesMut,
+    bytes: usize,
+}
+
+impl Pieces {
+    pub fn push(&mut self, piece: &Bytes) {
+        self.bytes += piece.len();
+        if piece.len() <= COPIED_BYTES_MAX {
+            return self.small.extend_from_slice(piece);
+        }
+        self.close();
+        self.whole.push_back(piece.clone());
+    }
+
+    fn command(&mut self, command: &BaseCommand) {
+        let before = self.small.len();
+        frame::encode(command, &mut self.small);
+        self.bytes += self.small.len() - before;
+    }
+
+    /// Puts the small ones in their place among the others.
+    fn close(&mut self) {
+        if !self.small.is_empty() {
+            self.whole.push_back(self.small.split().freeze());
+        }
+    }
+}
+
+impl Buf for Pieces {
+    fn remaining(&self) -> usize {
+        self.bytes
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.whole.front().map_or(&self.small, |piece| piece)
+    }
+
+    fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        let pieces = self.whole.iter().map(|piece| &**piece);
+        let small = (!self.small.is_empty()).then_some(&*self.small);
+        let mut filled = 0;
+        for (slice, piece) in slices.iter_mut().zip(pieces.chain(small)) {
+            *slice = IoSlice::new(piece);
+            filled += 1;
+        }
+        filled
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        self.bytes -= count;
+        while let Some(front) = self.whole.front_mut() {
+            if count < front.len() {
+                return front.advance(count);
+            }
+            count -= front.len();
+            self.whole.pop_front();
+        }
+        self.small.advance(count);
     }
 }
 
@@ -299,16 +488,27 @@ async fn write(
     let end = shared.end.clone();
     let writing = async {
         let mut batch = Vec::new();
-        let mut bytes = BytesMut::new();
-        while commands.recv_many(&mut batch, OUTGOING).await > 0 {
-            for command in batch.drain(..) {
-                frame::encode(&command, &mut bytes);
+        let mut ready = Vec::new();
+        let mut pieces = Pieces::default();
+        loop {
+            tokio::select! {
+                taken = commands.recv_many(&mut batch, OUTGOING) => if taken == 0 {
+                    return Ok::<_, std::io::Error>(());
+                },
+                () = shared.wake.notified() => {}
             }
-            stream.write_all(&bytes).await?;
+            for command in batch.drain(..) {
+                pieces.command(&command);
+            }
+            std::mem::swap(&mut ready, &mut shared.ready());
+            for id in ready.drain(..) {
+                if let Some((epoch, outlet)) = shared.outlet(id) {
+                    outlet.take(epoch, &mut pieces);
+                }
+            }
+            stream.write_all_buf(&mut pieces).await?;
             stream.flush().await?;
-            bytes.clear();
         }
-        Ok::<_, std::io::Error>(())
     };
     let written = tokio::select! {
         written = writing => written,
@@ -347,6 +547,9 @@ impl Incoming {
             while let Some(frame) = frame::decode(bytes).map_err(|error| error.to_string())? {
                 self.dispatch(frame)?;
             }
+            if bytes.capacity() - bytes.len() < READ_BYTES / 8 {
+                bytes.reserve(READ_BYTES);
+            }
             match timeout(PING_AFTER, stream.read_buf(bytes)).await {
                 Ok(Ok(0)) => return Err("the broker closed the connection".into()),
                 Ok(Ok(_)) => heard = Instant::now(),
@@ -358,20 +561,39 @@ impl Incoming {
     }
 
     fn dispatch(&self, frame: Frame) -> Result<(), String> {
-        let Frame { mut command, entry } = frame;
-        if let (Some(message), Some(entry)) = (command.message.take(), entry) {
-            let delivery = Delivery {
-                id: message.message_id,
-                redelivered: message.redelivery_count.unwrap_or_default(),
-                unacked: message.ack_set,
-                entry,
-            };
-            if let Some(consumer) = self.shared.users().consumers.get(&message.consumer_id) {
-                // Its owner is gone just now: the broker is told by the owner's end.
-                let _ = consumer.send(delivery);
+        let mut command = match frame {
+            Frame::Receipt(receipt) => {
+                if let Some((epoch, outlet)) = self.shared.outlet(receipt.producer_id) {
+                    outlet.confirmed(epoch, receipt);
+                }
+                return Ok(());
             }
-        } else if let Some(closed) = &command.close_consumer {
+            Frame::Message(message, entry) => {
+                let delivery = Delivery {
+                    id: message.message_id,
+                    redelivered: message.redelivery_count.unwrap_or_default(),
+                    unacked: message.ack_set,
+                    entry,
+                };
+                if let Some(consumer) = self.shared.users().consumers.get(&message.consumer_id) {
+                    // Its owner is gone just now: the broker is told by the owner's end.
+                    let _ = consumer.send(delivery);
+                }
+                return Ok(());
+            }
+            Frame::Other(command) => *command,
+        };
+        if let Some(closed) = &command.close_consumer {
             self.shared.users().consumers.remove(&closed.consumer_id);
+        } else if let Some(closed) = &command.close_producer {
+            let outlet = self.shared.users().outlets.remove(&closed.producer_id);
+            if let Some((epoch, outlet)) = outlet {
+                outlet.detached(epoch);
+            }
+        } else if let Some(refusal) = command.send_error.take() {
+            if let Some((epoch, outlet)) = self.shared.outlet(refusal.producer_id) {
+                outlet.refused(epoch, refusal);
+            }
         } else if command.ping.is_some() {
             self.answer(BaseCommand { pong: Some(CommandPong {}), ..self::command(Type::Pong) })?;
         } else if command.auth_challenge.is_some() {
@@ -403,10 +625,14 @@ impl Incoming {
     }
 }
 
-async fn read_frame(stream: &mut (impl AsyncRead + Unpin), bytes: &mut BytesMut) -> Result<Frame, Fault> {
+async fn read_command(
+    stream: &mut (impl AsyncRead + Unpin),
+    bytes: &mut BytesMut,
+) -> Result<BaseCommand, Fault> {
     loop {
         match frame::decode(bytes) {
-            Ok(Some(frame)) => return Ok(frame),
+            Ok(Some(Frame::Other(command))) => return Ok(*command),
+            Ok(Some(_)) => return Err(unexpected()),
             Ok(None) => {}
             Err(error) => return Err(Fault::Lost(error.to_string())),
         }
@@ -437,6 +663,9 @@ fn request_of(command: &BaseCommand) -> Option<u64> {
     }
     if let Some(found) = &command.get_topics_of_namespace_response {
         return Some(found.request_id);
+    }
+    if let Some(success) = &command.producer_success {
+        return Some(success.request_id);
     }
     command.ack_response.as_ref()?.request_id
 }

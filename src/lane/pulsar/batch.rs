@@ -1,0 +1,467 @@
+//! What waits for one producer's turn on the wire, and the entries it becomes.
+//!
+//! ```text
+//! push ──▶ batch of key a │ batch of key b │ batch without key │ … ──take──▶ sealed: an entry, and who waits for it
+//! ```
+//! Nothing is batched by a clock. A message is encoded into the open batch of its key as it comes; whatever a batch
+//! holds when the wire has room goes out. Where the wire is idle that is one message, which then travels as a plain
+//! one. A batch holds messages of one key, because a Key_Shared subscription delivers entries: one with several keys
+//! would go to the member of one of them.
+
+use std::collections::{HashMap, VecDeque};
+
+use bytes::Bytes;
+use pulsar::proto::MessageMetadata;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::frame;
+use super::record::{self, Stamp};
+use crate::lane::contract::LaneError;
+use crate::message::{Message, Place, Timestamp};
+
+/// The broker hands a batch to one member of a group as a whole, so a large one leaves the others without work.
+const BATCH_MESSAGES_MAX: usize = 100;
+/// As Java's producers have it: what is larger gains nothing.
+const BATCH_BYTES_MAX: usize = 128 << 10;
+/// So many batches of different keys do not become fewer by waiting.
+const WAITING: usize = 8;
+/// A body up to this is copied behind its head, so that many small entries are one write.
+const JOINED_BYTES_MAX: usize = 4 << 10;
+
+pub type Stored = Result<Place, LaneError>;
+
+/// Who waits for a message's receipt, until when, and what the message takes of the line's room.
+pub struct Ticket {
+    pub done: oneshot::Sender<Stored>,
+    pub deadline: Instant,
+    pub bytes: u32,
+}
+
+/// Messages and bytes that no longer take room.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Freed {
+    pub messages: usize,
+    pub bytes: usize,
+}
+
+impl Freed {
+    fn add(&mut self, ticket: &Ticket) {
+        self.messages += 1;
+        self.bytes += ticket.bytes as usize;
+    }
+
+    pub fn and(&mut self, other: Freed) {
+        self.messages += other.messages;
+        self.bytes += other.bytes;
+    }
+}
+
+/// The batches that were not sent yet, in the order of their first messages. Bounded by the room in the line.
+pub struct Queue {
+    batches: VecDeque<Batch>,
+    /// The number of the first batch; the others follow it.
+    first: u64,
+    /// The batch of each key that takes more, by its number.
+    keyed: HashMap<String, u64>,
+    keyless: Option<u64>,
+    stamp: Stamp,
+    /// How large the last batch became: the next will be like it.
+    typical: usize,
+    batch_bytes_max: usize,
+}
+
+struct Batch {
+    key: Option<String>,
+    /// The only message so far, not yet encoded: if none follows, it travels as a plain one.
+    single: Option<Message>,
+    /// Members, one behind another, from `begin` on; what stands before it was given up.
+    body: Vec<u8>,
+    begin: usize,
+    /// What the messages take, the single one included.
+    bytes: usize,
+    /// Each with the end of its message in the body.
+    tickets: VecDeque<(Ticket, u32)>,
+}
+
+impl Queue {
+    /// For a broker that takes entries up to this.
+    pub fn new(entry_bytes_max: usize) -> Self {
+        Self {
+            batches: VecDeque::new(),
+            first: 0,
+            keyed: HashMap::new(),
+            keyless: None,
+            stamp: Stamp::default(),
+            typical: 0,
+            batch_bytes_max: entry_bytes_max.min(BATCH_BYTES_MAX),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.batches.is_empty()
+    }
+
+    /// Whether the next batch gains nothing by waiting for more.
+    pub fn is_ripe(&self) -> bool {
+        self.batches.len() > WAITING
+            || self.batches.front().is_some_and(|batch| !batch.fits(0, BATCH_BYTES_MAX / 2))
+    }
+
+    pub fn push(&mut self, message: Message, ticket: Ticket) {
+        let alone = record::deliver_at(&message).is_some();
+        let open = match &message.key {
+            Some(key) => self.keyed.get(key).copied(),
+            None => self.keyless,
+        };
+        if let Some(number) = open.filter(|_| !alone)
+            && let Some(batch) = self.batches.get_mut((number - self.first) as usize)
+            && batch.fits(ticket.bytes as usize, self.batch_bytes_max)
+        {
+            return batch.push(message, ticket, &mut self.stamp, self.typical);
+        }
+        let number = self.first + self.batches.len() as u64;
+        match &message.key {
+            _ if alone => {}
+            Some(key) => drop(self.keyed.insert(key.clone(), number)),
+            None => self.keyless = Some(number),
+        }
+        let bytes = ticket.bytes as usize;
+        self.batches.push_back(Batch {
+            key: message.key.clone(),
+            single: Some(message),
+            body: Vec::new(),
+            begin: 0,
+            bytes,
+            tickets: [(ticket, 0)].into(),
+        });
+    }
+
+    /// The next entry. The numbers of its messages begin with `sequence`.
+    pub fn take(&mut self, seal: &Seal<'_>, sequence: u64) -> Option<Sealed> {
+        let batch = self.batches.pop_front()?;
+        let number = self.first;
+        self.first += 1;
+        let open = match &batch.key {
+            Some(key) => self.keyed.get(key).copied(),
+            None => self.keyless,
+        };
+        if open == Some(number) {
+            match &batch.key {
+                Some(key) => drop(self.keyed.remove(key)),
+                None => self.keyless = None,
+            }
+        }
+        self.typical = batch.body.len();
+        Some(batch.seal(seal, sequence, &mut self.stamp))
+    }
+
+    /// Gives up the messages whose time is over by `now`: they are not sent any more.
+    pub fn expire(&mut self, now: Instant, why: impl Fn() -> LaneError) -> Freed {
+        let mut freed = Freed::default();
+        for batch in &mut self.batches {
+            while batch.tickets.front().is_some_and(|(ticket, _)| ticket.deadline <= now) {
+                let Some((ticket, end)) = batch.tickets.pop_front() else { break };
+                freed.add(&ticket);
+                batch.bytes -= ticket.bytes as usize;
+                batch.begin = end as usize;
+                // Whoever waited may have gone.
+                let _ = ticket.done.send(Err(why()));
+            }
+        }
+        if freed.messages > 0 {
+            self.forget_empty();
+        }
+        freed
+    }
+
+    /// Gives up everything.
+    pub fn fail(&mut self, why: &LaneError) -> Freed {
+        let mut freed = Freed::default();
+        self.keyed.clear();
+        self.keyless = None;
+        self.first += self.batches.len() as u64;
+        for (ticket, _) in self.batches.drain(..).flat_map(|batch| batch.tickets) {
+            freed.add(&ticket);
+            let _ = ticket.done.send(Err(why.clone()));
+        }
+        freed
+    }
+
+    /// Batches are found by their number, so those that stay get new ones.
+    fn forget_empty(&mut self) {
+        let was_first = self.first;
+        self.first += self.batches.len() as u64;
+        let mut renamed = HashMap::new();
+        let batches = std::mem::take(&mut self.batches);
+        for (batch, was) in batches.into_iter().zip(was_first..) {
+            if !batch.tickets.is_empty() {
+                renamed.insert(was, self.first + self.batches.len() as u64);
+                self.batches.push_back(batch);
+            }
+        }
+        self.keyless = self.keyless.and_then(|was| renamed.get(&was).copied());
+        self.keyed.retain(|_, was| renamed.get(was).map(|number| *was = *number).is_some());
+    }
+}
+
+impl Batch {
+    fn fits(&self, bytes: usize, bytes_max: usize) -> bool {
+        self.tickets.len() < BATCH_MESSAGES_MAX && self.bytes + bytes <= bytes_max
+    }
+
+    fn push(&mut self, message: Message, ticket: Ticket, stamp: &mut Stamp, typical: usize) {
+        if let Some(first) = self.single.take() {
+            self.body.reserve(typical);
+            record::put_member(&first, stamp, &mut self.body);
+            if let Some((_, end)) = self.tickets.back_mut() {
+                *end = self.body.len() as u32;
+            }
+        }
+        record::put_member(&message, stamp, &mut self.body);
+        self.bytes += ticket.bytes as usize;
+        self.tickets.push_back((ticket, self.body.len() as u32));
+    }
+
+    fn seal(self, seal: &Seal<'_>, sequence: u64, stamp: &mut Stamp) -> Sealed {
+        let messages = self.tickets.len() as u32;
+        let highest = sequence + u64::from(messages.max(1)) - 1;
+        let (metadata, body, batched) = match self.single {
+            Some(message) => (record::single(&message, stamp), message.payload, false),
+            None => {
+                let metadata = MessageMetadata {
+                    num_messages_in_batch: Some(messages as i32),
+                    partition_key: self.key,
+                    highest_sequence_id: Some(highest),
+                    ..Default::default()
+                };
+                (metadata, Bytes::from(self.body).slice(self.begin..), true)
+            }
+        };
+        let metadata = MessageMetadata {
+            producer_name: seal.producer_name.into(),
+            sequence_id: sequence,
+            publish_time: seal.now.as_millis().max(0) as u64,
+            ..metadata
+        };
+        let send = frame::Send {
+            producer_id: seal.producer_id,
+            sequence,
+            messages,
+            highest: batched.then_some(highest),
+            metadata: &metadata,
+        };
+        let mut head = frame::send(&send, &body);
+        let frame = match body.len() <= JOINED_BYTES_MAX {
+            true => {
+                head.extend_from_slice(&body);
+                [head.freeze(), Bytes::new()]
+            }
+            false => [head.freeze(), body],
+        };
+        Sealed {
+            frame,
+            sequence,
+            highest,
+            tickets: self.tickets,
+            answered: 0,
+            freed: Freed::default(),
+            resent: false,
+        }
+    }
+}
+
+/// What makes a batch an entry of its producer.
+pub struct Seal<'a> {
+    pub producer_id: u64,
+    pub producer_name: &'a str,
+    pub now: Timestamp,
+}
+
+/// An entry that was sent, or may have been, and has no receipt: it is sent again as the very same bytes.
+pub struct Sealed {
+    /// The body is by itself where it is large.
+    pub frame: [Bytes; 2],
+    pub sequence: u64,
+    pub highest: u64,
+    tickets: VecDeque<(Ticket, u32)>,
+    /// How many were answered already, because their time was over.
+    answered: u32,
+    freed: Freed,
+    /// It may have been stored by an earlier attachment.
+    pub resent: bool,
+}
+
+impl Sealed {
+    /// Nobody waits for it any more.
+    pub fn is_answered(&self) -> bool {
+        self.tickets.is_empty()
+    }
+
+    /// Answers whoever has waited too long.
+    pub fn expire(&mut self, now: Instant, why: impl Fn() -> LaneError) {
+        while self.tickets.front().is_some_and(|(ticket, _)| ticket.deadline <= now) {
+            self.answer_next(|_| Err(why()));
+        }
+    }
+
+    /// What it took of the line's room is free once it is gone.
+    pub fn fail(mut self, why: &LaneError) -> Freed {
+        while self.answer_next(|_| Err(why.clone())) {}
+        self.freed
+    }
+
+    /// Once everybody is answered.
+    pub fn forget(self) -> Freed {
+        self.freed
+    }
+
+    /// The broker stored it there.
+    pub fn confirm(mut self, place: Place) -> Freed {
+        while self.answer_next(|index| Ok(Place { index, ..place })) {}
+        self.freed
+    }
+
+    fn answer_next(&mut self, stored: impl FnOnce(u32) -> Stored) -> bool {
+        let Some((ticket, _)) = self.tickets.pop_front() else { return false };
+        self.freed.add(&ticket);
+        // Whoever waited may have gone.
+        let _ = ticket.done.send(stored(self.answered));
+        self.answered += 1;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Draft;
+
+    struct Bed {
+        queue: Queue,
+        receipts: Vec<oneshot::Receiver<Stored>>,
+        sequence: u64,
+    }
+
+    impl Bed {
+        fn new() -> Self {
+            Self { queue: Queue::new(BATCH_BYTES_MAX), receipts: Vec::new(), sequence: 0 }
+        }
+
+        fn push(&mut self, key: &str, payload: &str, deadline: Instant) {
+            let key = (!key.is_empty()).then(|| key.to_owned());
+            let message = Draft { key, payload: payload.to_owned().into(), ..Default::default() }.accept();
+            let (done, receipt) = oneshot::channel();
+            let bytes = record::size(&message) as u32;
+            self.queue.push(message, Ticket { done, deadline, bytes });
+            self.receipts.push(receipt);
+        }
+
+        /// The next entry, and what is in it.
+        fn take(&mut self) -> Option<(Sealed, String)> {
+            let seal = Seal { producer_id: 1, producer_name: "p", now: Timestamp::now() };
+            let sealed = self.queue.take(&seal, self.sequence)?;
+            assert_eq!(sealed.sequence, self.sequence);
+            self.sequence = sealed.highest + 1;
+            let mut bytes = bytes::BytesMut::new();
+            // As a broker passes it on: behind another command.
+            let whole = sealed.frame.concat();
+            let size = u32::from_be_bytes(whole[4..8].try_into().unwrap()) as usize;
+            let message = pulsar::proto::BaseCommand {
+                r#type: pulsar::proto::base_command::Type::Message as i32,
+                message: Some(Default::default()),
+                ..Default::default()
+            };
+            frame::encode(&message, &mut bytes);
+            bytes.extend_from_slice(&whole[8 + size..]);
+            let total = bytes.len() as u32 - 4;
+            bytes[..4].copy_from_slice(&total.to_be_bytes());
+            let Some(frame::Frame::Message(_, entry)) = frame::decode(&mut bytes).unwrap() else { panic!() };
+            let metadata = entry.as_ref().unwrap().metadata.clone();
+            let topic = crate::topic::Topic::parse("t").unwrap();
+            let records = record::unpack(&topic, 0, &Default::default(), entry, |_| true);
+            let mut said = metadata.partition_key.unwrap_or_default();
+            said += if metadata.num_messages_in_batch.is_some() { "*" } else { ":" };
+            for record in records {
+                said += std::str::from_utf8(&record.message.unwrap().payload).unwrap();
+            }
+            Some((sealed, said))
+        }
+
+        fn entries(&mut self) -> Vec<String> {
+            std::iter::from_fn(|| self.take()).map(|(_, said)| said).collect()
+        }
+    }
+
+    fn later() -> Instant {
+        Instant::now() + std::time::Duration::from_secs(60)
+    }
+
+    #[tokio::test]
+    async fn an_entry_holds_one_key_and_one_message_alone_is_a_plain_one() {
+        let mut bed = Bed::new();
+        for (key, payload) in [("a", "1"), ("b", "2"), ("", "3"), ("a", "4"), ("", "5"), ("c", "6")] {
+            bed.push(key, payload, later());
+        }
+        assert_eq!(bed.entries(), ["a*14", "b:2", "*35", "c:6"]);
+        bed.push("a", "7", later());
+        assert_eq!(bed.entries(), ["a:7"], "what was taken is closed");
+        assert_eq!(bed.sequence, 7);
+    }
+
+    #[tokio::test]
+    async fn a_batch_has_its_limits_and_the_order_of_a_key_is_kept_over_them() {
+        let mut bed = Bed::new();
+        for n in 0..BATCH_MESSAGES_MAX + 1 {
+            bed.push("a", if n < BATCH_MESSAGES_MAX { "" } else { "last" }, later());
+        }
+        assert_eq!(bed.entries(), ["a*", "a:last"]);
+        let large = "x".repeat(BATCH_BYTES_MAX / 2);
+        for payload in [&*large, "1", &*large, "2"] {
+            bed.push("", payload, later());
+        }
+        assert_eq!(bed.entries(), [format!("*{large}1"), format!("*{large}2")]);
+    }
+
+    #[tokio::test]
+    async fn what_is_given_up_is_not_sent_and_the_others_are_stored_where_they_are() {
+        let mut bed = Bed::new();
+        let now = Instant::now();
+        for (key, payload, deadline) in
+            [("a", "1", now), ("b", "2", now), ("", "3", now), ("", "4", later()), ("", "5", later())]
+        {
+            bed.push(key, payload, deadline);
+        }
+        let freed = bed.queue.expire(now, || LaneError::Unavailable("late".into()));
+        assert_eq!(freed.messages, 3);
+        bed.push("a", "6", later());
+        bed.push("", "7", later());
+        let (sealed, said) = bed.take().unwrap();
+        assert_eq!(said, "*457");
+        assert_eq!(bed.entries(), ["a:6"]);
+        let place = Place { ledger: 1, entry: 2, index: 0 };
+        assert_eq!(sealed.confirm(place).messages, 3);
+        let mut answers = bed.receipts.iter_mut().map(|receipt| receipt.try_recv().ok());
+        for _ in 0..3 {
+            assert!(matches!(answers.next().unwrap(), Some(Err(LaneError::Unavailable(_)))));
+        }
+        let index = |stored: Option<Option<Stored>>| stored.unwrap().unwrap().unwrap().index;
+        assert_eq!((index(answers.next()), index(answers.next())), (0, 1));
+        assert!(answers.next().unwrap().is_none(), "`6` has no receipt yet");
+        assert_eq!(index(answers.next()), 2);
+    }
+
+    #[tokio::test]
+    async fn who_was_answered_in_time_keeps_its_place_in_the_entry() {
+        let mut bed = Bed::new();
+        let now = Instant::now();
+        bed.push("", "1", now);
+        bed.push("", "2", later());
+        let (mut sealed, _) = bed.take().unwrap();
+        sealed.expire(now, || LaneError::OutcomeUnknown("late".into()));
+        assert!(!sealed.is_answered());
+        assert_eq!(sealed.confirm(Place { ledger: 1, entry: 2, index: 0 }).messages, 2);
+        assert!(matches!(bed.receipts[0].try_recv().unwrap(), Err(LaneError::OutcomeUnknown(_))));
+        assert_eq!(bed.receipts[1].try_recv().unwrap().unwrap().index, 1);
+    }
+}

@@ -1,0 +1,441 @@
+//! One topic's producer (one partition's, where it has some): its line, and what was sent and has no receipt yet.
+//!
+//! ```text
+//!  push ──▶ queue ──take, while the wire has room──▶ in flight ──receipt──▶ confirmed
+//!                                                     │     ▲
+//!                          detached: cut, moved, refused    └── attached again: sent again, the same bytes, first
+//! ```
+//! The session's writer asks for entries when it is free, so what comes meanwhile is what the next batch is made of.
+//!
+//! A producer keeps the name that the broker gave it, and its numbers go on, as long as anything is in flight. So a
+//! namespace that de-duplicates knows what is sent again from what is new, whatever was lost: the entry or its receipt.
+//! One that does not may store an entry twice after a cut; no receipt says so.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use pulsar::proto::{CommandProducer, CommandSendError, CommandSendReceipt, MessageIdData};
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::batch::{Freed, Queue, Seal, Sealed, Ticket};
+use super::cluster::Cluster;
+use super::fault::Fault;
+use super::feed::{self, Backoff};
+use super::names::Physical;
+use super::room::Room;
+use super::session::{Outlet, Pieces, Session};
+use crate::lane::contract::LaneError;
+use crate::message::{Message, Timestamp};
+
+/// Entries without a receipt, so that batches grow meanwhile: fewer leave the wire idle, more make the batches small.
+const IN_FLIGHT: usize = 8;
+/// Entries that would not grow may be so many.
+const IN_FLIGHT_RIPE: usize = 1024;
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
+
+pub struct Producer {
+    /// Its number on any connection.
+    id: u64,
+    pub physical: Physical,
+    /// Goes on whatever the lane's state: how else would it be found up again?
+    pub is_canary: bool,
+    pub room: Room,
+    common: Arc<Common>,
+    state: Mutex<State>,
+}
+
+/// What all producers share.
+pub struct Common {
+    pub cluster: Arc<Cluster>,
+    pub room: Room,
+    pub timeout: Duration,
+    /// Tasks may begin where no runtime is current.
+    pub runtime: Handle,
+    pub stop: CancellationToken,
+}
+
+struct State {
+    queue: Queue,
+    /// In the order of their numbers, which is the order in which they are stored.
+    in_flight: VecDeque<Sealed>,
+    /// How many of them this attachment has sent, from the first on.
+    sent: usize,
+    attached: Option<Attached>,
+    /// A task is about it.
+    attaching: bool,
+    /// The session was told that there is something to send.
+    marked: bool,
+    epoch: u64,
+    name: Option<String>,
+    next: u64,
+    /// Begins anew with a receipt, not with a connection: what kills a connection would else do so without a pause.
+    backoff: Backoff,
+    /// An attempt was made since the last receipt.
+    tried: bool,
+    /// Why it is not attached.
+    fault: Option<Fault>,
+    used: Instant,
+    closed: bool,
+}
+
+struct Attached {
+    session: Arc<Session>,
+    epoch: u64,
+}
+
+impl Producer {
+    pub fn new(id: u64, physical: Physical, is_canary: bool, room: Room, common: Arc<Common>) -> Arc<Self> {
+        let state = State {
+            queue: Queue::new(common.cluster.message_bytes_max()),
+            in_flight: VecDeque::with_capacity(IN_FLIGHT),
+            sent: 0,
+            attached: None,
+            attaching: false,
+            marked: false,
+            epoch: 0,
+            name: None,
+            next: 0,
+            backoff: Backoff::between(BACKOFF),
+            tried: false,
+            fault: None,
+            used: Instant::now(),
+            closed: false,
+        };
+        Arc::new(Self { id, physical, is_canary, room, common, state: Mutex::new(state) })
+    }
+
+    /// Puts a message in the line. One that is closed hands it back.
+    pub fn push(self: &Arc<Self>, message: Message, ticket: Ticket) -> Option<(Message, Ticket)> {
+        let mut state = self.state();
+        if state.closed {
+            return Some((message, ticket));
+        }
+        state.queue.push(message, ticket);
+        self.go_on(&mut state);
+        None
+    }
+
+    /// Sees to it that what there is to do is done.
+    fn go_on(self: &Arc<Self>, state: &mut State) {
+        if state.closed || state.is_idle() {
+            return;
+        }
+        match &state.attached {
+            Some(attached) => {
+                if (state.sent < state.in_flight.len() || state.may_send_more()) && !state.marked {
+                    state.marked = true;
+                    attached.session.is_ready(self.id);
+                }
+            }
+            None if state.attaching => {}
+            None => {
+                state.attaching = true;
+                let (this, stop) = (self.clone(), self.common.stop.clone());
+                self.common.runtime.spawn(async move { stop.run_until_cancelled(this.attach()).await });
+            }
+        }
+    }
+
+    /// Tries until it is attached or has nothing to do. One task at a time: a broker that is asked for the same
+    /// producer twice on a connection refuses the second for ever.
+    async fn attach(self: Arc<Self>) {
+        loop {
+            let wait = {
+                let mut state = self.state();
+                if state.closed || state.is_idle() {
+                    state.attaching = false;
+                    return;
+                }
+                match std::mem::replace(&mut state.tried, true) {
+                    false => Duration::ZERO,
+                    true => state.backoff.next(),
+                }
+            };
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+            match self.try_to_attach().await {
+                Ok(()) => return,
+                Err(fault) => self.cannot(fault),
+            }
+        }
+    }
+
+    async fn try_to_attach(self: &Arc<Self>) -> Result<(), Fault> {
+        let session = self.common.cluster.owner(&self.physical).await?;
+        let (epoch, name) = {
+            let mut state = self.state();
+            state.epoch += 1;
+            state.in_flight.iter_mut().for_each(|sealed| sealed.resent = true);
+            if state.in_flight.is_empty() {
+                // Nothing to tell from what is new, and a name that a lost connection still holds would be waited for.
+                state.name = None;
+            }
+            (state.epoch, state.name.clone())
+        };
+        let command = CommandProducer {
+            topic: self.physical.as_str().into(),
+            producer_id: self.id,
+            producer_name: name,
+            epoch: Some(epoch),
+            user_provided_producer_name: Some(false),
+            ..Default::default()
+        };
+        let success = session.produce(self.clone(), command).await?;
+        {
+            let mut state = self.state();
+            state.name = Some(success.producer_name);
+            state.attached = Some(Attached { session: session.clone(), epoch });
+            state.attaching = false;
+            state.sent = 0;
+            if let Some(fault) = state.fault.take() {
+                debug!(topic = %self.physical, %fault, "A durable topic can be published to again.");
+            }
+            if state.closed {
+                session.end_producer(self.id, epoch);
+            }
+            self.go_on(&mut state);
+        }
+        // It may have been closed before anybody here knew that it was open.
+        if !session.has_producer(self.id, epoch) {
+            self.clone().detached(epoch);
+        }
+        Ok(())
+    }
+
+    fn cannot(&self, fault: Fault) {
+        let mut state = self.state();
+        if state.fault.is_none() {
+            warn!(topic = %self.physical, %fault, "Cannot publish to a durable topic; trying until it can be.");
+        }
+        if fault.refuses_messages() {
+            // What was sent before may be stored all the same.
+            let freed = state.fail(&fault.clone().on_lane(), &sent_and_then(&fault));
+            self.free(freed);
+            state.may_try_at_once();
+        }
+        state.fault = Some(fault);
+    }
+
+    /// Gives up what was never sent and has no time left by `soon`, and answers who has waited too long for a receipt.
+    /// Returns since when there has been nothing to do.
+    pub fn sweep(self: &Arc<Self>, soon: Instant, down: Option<&LaneError>) -> Option<Instant> {
+        let mut state = self.state();
+        if state.is_idle() {
+            return Some(state.used);
+        }
+        let now = Instant::now();
+        let State { queue, in_flight, fault, attached, used, .. } = &mut *state;
+        *used = now;
+        let mut freed = queue.expire(soon, || match &*fault {
+            Some(fault) => LaneError::Unavailable(fault.to_string()),
+            None => LaneError::Unavailable(format!("`{}` took nothing in time", self.physical)),
+        });
+        if let Some(down) = down.filter(|_| !self.is_canary) {
+            freed.and(queue.fail(down));
+        }
+        let within = self.common.timeout.as_secs_f32();
+        for sealed in &mut *in_flight {
+            sealed.expire(soon, || {
+                LaneError::OutcomeUnknown(format!("the broker did not confirm the message within {within} s"))
+            });
+        }
+        if attached.is_none() {
+            // Nobody waits for those any more: they are not sent again.
+            while let Some(sealed) = in_flight.pop_front_if(|sealed| sealed.is_answered()) {
+                freed.and(sealed.forget());
+            }
+        } else if in_flight.front().is_some_and(Sealed::is_answered) {
+            // A broker that has confirmed nothing for so long is asked anew.
+            *fault = Some(Fault::Lost(format!("`{}` confirmed nothing for {within} s", self.physical)));
+            self.let_go(&mut state);
+        }
+        drop(state);
+        self.free(freed);
+        None
+    }
+
+    /// Since when there has been nothing to do.
+    pub fn idle_since(&self) -> Option<Instant> {
+        let state = self.state();
+        state.is_idle().then_some(state.used)
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.state().closed
+    }
+
+    /// Takes no more messages. What was not sent is refused, what was sent is not known.
+    pub fn close(self: &Arc<Self>, why: &LaneError) {
+        let mut state = self.state();
+        state.closed = true;
+        let sent = LaneError::OutcomeUnknown("the producer was closed before the receipt came".into());
+        let freed = state.fail(why, &sent);
+        self.let_go(&mut state);
+        drop(state);
+        self.free(freed);
+    }
+
+    /// Closes it, unless it has something to do.
+    pub fn close_if_idle(self: &Arc<Self>) -> bool {
+        let mut state = self.state();
+        let idle = state.is_idle();
+        if idle {
+            state.closed = true;
+            self.let_go(&mut state);
+        }
+        idle
+    }
+
+    /// Ends the attachment from our side; it begins anew if there is something to do.
+    fn let_go(self: &Arc<Self>, state: &mut State) {
+        if let Some(attached) = state.attached.take() {
+            attached.session.end_producer(self.id, attached.epoch);
+        }
+        state.marked = false;
+        state.sent = 0;
+        self.go_on(state);
+    }
+
+    fn free(&self, freed: Freed) {
+        self.room.give(freed);
+        self.common.room.give(freed);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // The state is whole between any two statements that can panic, and none is known to.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn may_try_at_once(&mut self) {
+        self.tried = false;
+        self.backoff.reset();
+    }
+
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.in_flight.is_empty()
+    }
+
+    fn may_send_more(&self) -> bool {
+        let in_flight = self.in_flight.len();
+        !self.queue.is_empty()
+            && (in_flight < IN_FLIGHT || in_flight < IN_FLIGHT_RIPE && self.queue.is_ripe())
+    }
+
+    fn fail(&mut self, waiting: &LaneError, sent: &LaneError) -> Freed {
+        let mut freed = self.queue.fail(waiting);
+        self.sent = 0;
+        for sealed in self.in_flight.drain(..) {
+            freed.and(sealed.fail(sent));
+        }
+        freed
+    }
+
+    fn is_attached(&self, epoch: u64) -> bool {
+        self.attached.as_ref().is_some_and(|attached| attached.epoch == epoch)
+    }
+}
+
+impl Outlet for Producer {
+    fn take(&self, epoch: u64, pieces: &mut Pieces) {
+        let mut state = self.state();
+        if !state.is_attached(epoch) {
+            return;
+        }
+        state.marked = false;
+        loop {
+            if state.sent == state.in_flight.len() {
+                if !state.may_send_more() {
+                    return;
+                }
+                let State { queue, name, next, in_flight, .. } = &mut *state;
+                let producer_name = name.as_deref().unwrap_or_default();
+                let seal = Seal { producer_id: self.id, producer_name, now: Timestamp::now() };
+                let Some(sealed) = queue.take(&seal, *next) else { return };
+                *next = sealed.highest + 1;
+                in_flight.push_back(sealed);
+            }
+            let at = state.sent;
+            for piece in &state.in_flight[at].frame {
+                pieces.push(piece);
+            }
+            state.sent += 1;
+        }
+    }
+
+    fn confirmed(self: Arc<Self>, epoch: u64, receipt: CommandSendReceipt) {
+        let mut state = self.state();
+        if !state.is_attached(epoch) {
+            return;
+        }
+        let sealed = match state.in_flight.front() {
+            Some(first) if first.sequence == receipt.sequence_id => state.in_flight.pop_front(),
+            // The receipt of an entry that was sent twice, or that nobody waits for.
+            Some(first) if receipt.sequence_id < first.sequence => None,
+            None => None,
+            Some(_) => {
+                state.fault = Some(Fault::Lost("the broker confirmed entries out of their order".into()));
+                return self.let_go(&mut state);
+            }
+        };
+        let Some(sealed) = sealed else { return };
+        state.sent = state.sent.saturating_sub(1);
+        state.may_try_at_once();
+        self.go_on(&mut state);
+        drop(state);
+        let freed = match stored_at(&receipt) {
+            Some(id) => sealed.confirm(feed::place(id)),
+            None => sealed.fail(&LaneError::OutcomeUnknown(
+                "the broker confirmed the message and did not say where it is".into(),
+            )),
+        };
+        self.free(freed);
+    }
+
+    fn refused(self: Arc<Self>, epoch: u64, refusal: CommandSendError) {
+        let mut state = self.state();
+        if !state.is_attached(epoch) {
+            return;
+        }
+        let fault = Fault::refused(refusal.error, refusal.message);
+        let mut freed = Freed::default();
+        // The broker's answer to this very entry: it has not taken it and will not.
+        if fault.is_lasting()
+            && let Some(at) = state.in_flight.iter().position(|sealed| sealed.sequence == refusal.sequence_id)
+            && let Some(sealed) = state.in_flight.remove(at)
+        {
+            state.sent = state.sent.saturating_sub(1);
+            freed = match sealed.resent {
+                false => sealed.fail(&fault.clone().on_lane()),
+                true => sealed.fail(&sent_and_then(&fault)),
+            };
+        }
+        // Anything else is a topic that moves, or a disk that is slow: everything in flight is sent again, in order.
+        state.fault = Some(fault);
+        self.let_go(&mut state);
+        drop(state);
+        self.free(freed);
+    }
+
+    fn detached(self: Arc<Self>, epoch: u64) {
+        let mut state = self.state();
+        if state.is_attached(epoch) {
+            self.let_go(&mut state);
+        }
+    }
+}
+
+fn sent_and_then(fault: &Fault) -> LaneError {
+    LaneError::OutcomeUnknown(format!("the message was sent, and then {fault}"))
+}
+
+/// Where an entry is; a broker that knew it already does not say.
+fn stored_at(receipt: &CommandSendReceipt) -> Option<&MessageIdData> {
+    receipt.message_id.as_ref().filter(|id| id.ledger_id != u64::MAX)
+}

@@ -9,7 +9,7 @@ docker_answers := docker info >/dev/null 2>&1
 # What must not come in, where cargo-deny is not there to read deny.toml.
 refused := openssl|openssl-sys|native-tls|async-std
 
-.PHONY: help run build check test soak bench up-stack down-stack health health-nats health-pulsar
+.PHONY: help run build check test soak bench compare up-stack down-stack health health-nats health-pulsar
 
 help: ## lists what make can do here
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -33,7 +33,7 @@ check: ## checks format, lints and the rules for dependencies
 	else \
 	  echo 'cargo-deny could not be installed: only the refused crates were checked, no licenses or sources.'; \
 	fi
-	@if command -v shellcheck >/dev/null; then echo 'shellcheck dev/brokers .ci/run'; shellcheck dev/brokers .ci/run; fi
+	@if command -v shellcheck >/dev/null; then echo 'shellcheck dev/brokers dev/compare .ci/run'; shellcheck dev/brokers dev/compare .ci/run; fi
 
 test: ## runs all tests, on the embedded lanes and on real brokers (BROKERS=none leaves those out)
 	@dev/brokers install $(if $(filter none,$(BROKERS)),protoc)
@@ -44,9 +44,13 @@ soak: ## runs all tests with their long rounds
 	@dev/brokers install
 	SOAK=1 TEST_BROKERS=real cargo test --release
 
-bench: ## measures the hot paths
+bench: ## measures the hot paths, and both embedded lanes without the bridge
 	@dev/brokers install protoc
 	cargo bench
+	@data=$$(mktemp -d) && trap 'rm -rf "$$data"' EXIT && cargo run --quiet --release -- bench --direct --set "server.data_dir=$$data"
+
+compare: ## measures the durable lane beside Pulsar's own clients, on a Pulsar that it starts
+	@dev/compare
 
 up-stack: ## starts the stack in Docker, or only its two brokers where no Docker engine answers
 	@if $(docker_answers); then $(compose) up --detach --build --wait; else \

@@ -10,7 +10,9 @@ use twinspan::lane::contract::{DurableLane, Publisher, Receipt};
 use twinspan::lane::journal::Journal;
 use twinspan::message::{Draft, Lane};
 use twinspan::policy::Policy;
-use twinspan::policy::table::{Declare, Overflow, Redelivery, Retention, Route, RouteTable, Template};
+use twinspan::policy::table::{
+    Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
+};
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
 
@@ -37,7 +39,10 @@ async fn measure(payload: usize, in_flight: usize, count: usize) {
         retention: Retention::default(),
         declare: Declare::Auto,
         redelivery: Redelivery::default(),
+        compression: Compression::None,
+        pulsar_schema: PulsarSchema::Bytes,
         max_payload: None,
+        schema: None,
     };
     let policy = Policy::new(RouteTable::new([route.clone()]));
     let lane = Journal::open(dir.path(), policy, Duration::from_secs(10), Arc::new(Metrics::new())).unwrap();

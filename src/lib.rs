@@ -6,6 +6,7 @@
 // Vocabulary: values that are valid because they exist.
 pub mod topic;
 pub mod message;
+pub mod filter;
 // The wire: bytes on the socket, both directions, no I/O.
 pub mod wire;
 pub mod client;
@@ -26,3 +27,8 @@ pub mod session;
 pub mod config;
 pub mod server;
 pub mod cli;
+
+/// The examples of the README are compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -163,8 +163,10 @@ impl fmt::Display for Timestamp {
     }
 }
 
-/// What names the headers begin with by which a dead letter says where it comes from. They are the fabric's own, so no
-/// publisher has them, and they cross like the publisher's.
+/// Headers whose names begin so are the fabric's own.
+pub const RESERVED: &str = "twinspan-";
+/// What names the headers begin with by which a dead letter says where it comes from. No publisher has them, and they
+/// cross like the publisher's.
 pub const ORIGIN: &str = "twinspan-origin-";
 
 /// The publisher's own fields: a flat map, carried in NATS headers and Pulsar properties.
@@ -240,6 +242,8 @@ pub struct Envelope {
     pub reply_to: Option<ReplyTo>,
     /// The event as `wire` encoded it: whoever needs it first makes it, the others share it.
     encoded: OnceLock<Bytes>,
+    /// What filters found, by their number: whoever needs it first looks, the others share it.
+    verdicts: Mutex<Vec<(u64, bool)>>,
 }
 
 /// Where a stored message stands.
@@ -253,7 +257,15 @@ pub struct Stored {
 
 impl Envelope {
     pub fn ephemeral(topic: Topic, message: Message, reply_to: Option<ReplyTo>) -> Self {
-        Self { topic, lane: Lane::Ephemeral, message, stored: None, reply_to, encoded: OnceLock::new() }
+        Self {
+            topic,
+            lane: Lane::Ephemeral,
+            message,
+            stored: None,
+            reply_to,
+            encoded: OnceLock::new(),
+            verdicts: Mutex::default(),
+        }
     }
 
     pub fn durable(topic: Topic, message: Message, stored: Stored) -> Self {
@@ -264,12 +276,24 @@ impl Envelope {
             stored: Some(stored),
             reply_to: None,
             encoded: OnceLock::new(),
+            verdicts: Mutex::default(),
         }
     }
 
     /// The encoded event, made by the first who asks.
     pub fn encoded(&self, encode: impl FnOnce(&Self) -> Bytes) -> Bytes {
         self.encoded.get_or_init(|| encode(self)).clone()
+    }
+
+    /// What this filter found of the message; `find` runs for the first who asks.
+    pub fn verdict(&self, filter: u64, find: impl FnOnce() -> bool) -> bool {
+        let mut verdicts = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, verdict)) = verdicts.iter().find(|(no, _)| *no == filter) {
+            return *verdict;
+        }
+        let verdict = find();
+        verdicts.push((filter, verdict));
+        verdict
     }
 
     /// What this envelope counts against a bound: its bytes, and what holds them.
@@ -316,6 +340,16 @@ impl Position {
             Position::Whole(reached) => partition == 0 && place <= *reached,
             Position::Partitioned { reached, .. } => {
                 reached.get(&partition).is_some_and(|reached| place <= *reached)
+            }
+        }
+    }
+
+    /// Whether delivery up to `other` includes everything up to this position, as far as both tell.
+    pub fn is_within(&self, other: &Position) -> bool {
+        match self {
+            Position::Whole(place) => other.covers(0, *place),
+            Position::Partitioned { reached, .. } => {
+                reached.iter().all(|(partition, place)| other.covers(*partition, *place))
             }
         }
     }

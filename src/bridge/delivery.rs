@@ -24,7 +24,7 @@ use super::catalog::Catalog;
 use super::discovery::Discovery;
 use super::groups::Served;
 use crate::lane::contract::{DurableLane, Handed, LaneError, Member, Publisher, Tag};
-use crate::message::{Lane, Message, ORIGIN, Timestamp};
+use crate::message::{Lane, Message, ORIGIN, RESERVED, Timestamp};
 use crate::policy::Policy;
 use crate::policy::table::{DeadLetter, Redelivery, Route};
 use crate::telemetry::metrics::Metrics;
@@ -238,6 +238,8 @@ impl Undertaker {
             ("attempts", (handed.attempt - 1).to_string()),
             ("ts", message.ts.to_string()),
         ];
+        // What a native client called ours is not, and the lane would refuse it.
+        message.headers.retain(|name, _| !name.starts_with(RESERVED));
         message.headers.extend(origin.map(|(name, value)| (format!("{ORIGIN}{name}"), value)));
         message.ts = Timestamp::now();
         message.deliver_at = None;

@@ -185,3 +185,65 @@ impl Standing {
         self.age = self.age.max(other.age);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::message::Timestamp;
+    use crate::policy::source;
+
+    fn policy() -> Policy {
+        Policy::new(
+            source::read(Path::new("r.toml"), "[[route]]\ntopic = \"a.>\"\nlane = \"durable\"", &|_| {
+                Err(std::io::ErrorKind::NotFound.into())
+            })
+            .unwrap(),
+        )
+    }
+
+    fn topic(name: &str) -> Topic {
+        Topic::parse(name).unwrap()
+    }
+
+    fn report(name: &str, backlog: u64, age: i64) -> GroupReport {
+        let oldest = Some(Timestamp::from_millis(Timestamp::now().as_millis() - 1000 * age));
+        GroupReport { name: name.into(), mode: None, members: 0, backlog, unacked: 1, oldest }
+    }
+
+    #[test]
+    fn the_topics_of_a_route_are_added_up_and_groups_without_members_here_are_left_out() {
+        let groups = Arc::new(Groups::default());
+        let _members: Vec<_> = [("a.x", "g"), ("a.x", "g"), ("a.y", "g"), ("a.z", "gone")]
+            .map(|(name, group)| groups.join(topic(name), group.into()))
+            .into();
+        let reports = [("a.x", 3, 10), ("a.y", 4, 20)].map(|(name, backlog, age)| {
+            (topic(name), vec![report("g", backlog, age), report("other", 9, 99)])
+        });
+        let standings = standings(&groups.served(), &policy(), &reports.into(), &BTreeSet::new());
+        let (series, standing) = standings.first_key_value().unwrap();
+        assert_eq!((standings.len(), &*series.0, &*series.1), (1, "a.>", "g"));
+        assert_eq!((standing.backlog, standing.unacked, standing.age.as_secs()), (7, 2, 20));
+    }
+
+    #[test]
+    fn however_many_groups_clients_name_the_series_are_bounded_and_those_shown_before_stay() {
+        let groups = Arc::new(Groups::default());
+        let names: Vec<String> = (0..SERIES_MAX + 500).map(|n| format!("g{n:05}")).collect();
+        let members: Vec<_> =
+            names.iter().map(|name| groups.join(topic("a.x"), name.as_str().into())).collect();
+        let reports = [(topic("a.x"), names.iter().map(|name| report(name, 2, 1)).collect())].into();
+        // The last by name was there first.
+        let before: BTreeSet<Series> = [("a.>".into(), names[SERIES_MAX + 499].as_str().into())].into();
+        let told = standings(&groups.served(), &policy(), &reports, &before);
+        assert_eq!(told.len(), SERIES_MAX + 1);
+        assert!(before.iter().all(|series| told.contains_key(series)));
+        assert_eq!(told[&("a.>".into(), OTHER.into())].backlog, 2 * 500);
+        let shown = told.into_keys().collect();
+        let again = standings(&groups.served(), &policy(), &reports, &shown);
+        assert_eq!(again.into_keys().collect::<BTreeSet<_>>(), shown);
+        drop(members);
+        assert!(groups.served().is_empty());
+    }
+}

@@ -12,6 +12,7 @@ pub mod catalog;
 pub mod delivery;
 pub mod discovery;
 pub mod groups;
+pub mod filters;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,6 +32,7 @@ use crate::wire::verbs::Group;
 use catalog::Catalog;
 use delivery::{GroupMember, Surroundings};
 use discovery::Discovery;
+use filters::Filters;
 use groups::Groups;
 
 /// How many notices a session may be behind; one that is further behind learns the present state instead.
@@ -43,6 +45,7 @@ pub struct Bridge {
     pub catalog: Arc<Catalog>,
     pub discovery: Discovery,
     pub groups: Arc<Groups>,
+    pub filters: Filters,
     pub metrics: Arc<Metrics>,
     notices: broadcast::Sender<Notice>,
 }
@@ -90,6 +93,7 @@ impl Bridge {
         metrics: Arc<Metrics>,
     ) -> Self {
         let discovery = Discovery::new(durable.clone());
+        let filters = Filters::new(metrics.clone());
         Self {
             policy,
             ephemeral,
@@ -97,6 +101,7 @@ impl Bridge {
             catalog: Arc::new(catalog),
             discovery,
             groups: Arc::default(),
+            filters,
             metrics,
             notices: broadcast::channel(NOTICES_MAX).0,
         }
@@ -357,6 +362,15 @@ impl Bridge {
                 return Err(Fault::new(Code::TooLarge, message));
             }
             _ => {}
+        }
+        if let Some(schema) = &route.schema
+            && let Err(misfit) = schema.check(&draft.payload)
+        {
+            let message = format!(
+                "the payload does not fit the schema of route `{}`: {misfit}; nothing was sent",
+                route.name
+            );
+            return Err(Fault::bad_request(message));
         }
         match (draft.delay, route.lane) {
             (Some(_), Lane::Ephemeral) => Err(delay_on_ephemeral()),

@@ -19,7 +19,7 @@ use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -40,7 +40,7 @@ const SETTLING_MAX: usize = 8;
 const REMEMBERED_MAX: usize = 10_000;
 /// The wait before an acknowledgement that the lane could not record is repeated.
 const SETTLE_BACKOFF: Backoff = Backoff { first: Duration::from_millis(100), max: Duration::from_secs(5) };
-/// How long the goodbye may take.
+/// How long a member that leaves waits for what it settled to be confirmed, and for its goodbye.
 const LEAVING: Duration = Duration::from_secs(5);
 
 /// How a group's messages are taken.
@@ -99,7 +99,7 @@ impl Consume {
 }
 
 /// Takes part until `stop`: then it takes no more, waits for the handlers that run, and leaves once what they did is
-/// confirmed. An error is one that trying again does not mend; the handlers that run are waited for all the same.
+/// confirmed, or cannot be for now. An error is one that trying again does not mend; the handlers that run are waited for all the same.
 pub async fn consume<H, F, E>(
     mut dial: Dial,
     first_within: Duration,
@@ -220,6 +220,7 @@ where
     async fn work(&mut self, live: &mut Live, stop: &CancellationToken) -> Option<ClientError> {
         let sender = live.sender();
         let mut settling = Settling::new();
+        let mut leave_at = None;
         loop {
             if stop.is_cancelled() {
                 // What waits for a slot goes back when this member leaves.
@@ -229,12 +230,16 @@ where
             }
             self.settle(&sender, &mut settling);
             let stopping = stop.is_cancelled();
-            if stopping && self.running.is_empty() && settling.is_empty() {
-                return None;
+            if stopping && self.running.is_empty() {
+                let leave_at = *leave_at.get_or_insert_with(|| Instant::now() + LEAVING);
+                if settling.is_empty() || Instant::now() >= leave_at {
+                    return None;
+                }
             }
             tokio::select! {
                 biased;
                 () = stop.cancelled(), if !stopping => {}
+                () = sleep_until(leave_at.unwrap_or_else(Instant::now)), if leave_at.is_some() => {}
                 Some(Ok(done)) = self.running.join_next(), if !self.running.is_empty() => {
                     self.done(done);
                     while let Some(Ok(done)) = self.running.try_join_next() {

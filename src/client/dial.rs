@@ -17,12 +17,27 @@ use super::connection::{Client, ClientError, Sender};
 use crate::wire::json::heard::Heard;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection on which nothing was heard for so long is asked whether it is still there. Only TCP would notice else,
-/// after a quarter of an hour.
-const QUIET_MAX: Duration = Duration::from_secs(15);
-const PONG_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection that held for so long was a good one: the next failure is the first again.
 const STEADY: Duration = Duration::from_secs(10);
+
+/// How patient the client is.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// How long a publish is tried, and how long a first subscribe may take.
+    pub deadline: Duration,
+    /// The waits between connections, and before a publish that was refused for now is sent again.
+    pub backoff: Backoff,
+    /// A connection on which nothing was heard for so long is asked whether it is there, and given up after as long
+    /// again. Only TCP would notice else, after a quarter of an hour.
+    pub silence: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let backoff = Backoff { first: Duration::from_millis(100), max: Duration::from_secs(5) };
+        Self { deadline: Duration::from_secs(30), backoff, silence: Duration::from_secs(15) }
+    }
+}
 
 /// A connection that was made before anybody needed it.
 pub type Spare = Arc<Mutex<Option<Client>>>;
@@ -30,7 +45,7 @@ pub type Spare = Arc<Mutex<Option<Client>>>;
 pub struct Dial {
     url: Arc<str>,
     spare: Spare,
-    backoff: Backoff,
+    options: Options,
     failures: u32,
     not_before: Instant,
     /// Why there is no connection.
@@ -42,6 +57,7 @@ pub struct Live {
     client: Client,
     since: Instant,
     heard: Instant,
+    silence: Duration,
     probe: Option<BoxFuture<'static, Result<Heard, ClientError>>>,
     /// The bridge drains, and said when to come back.
     reconnect_after: Option<Duration>,
@@ -55,8 +71,8 @@ pub async fn connect(url: &str) -> Result<Client, ClientError> {
 }
 
 impl Dial {
-    pub fn new(url: Arc<str>, spare: Spare, backoff: Backoff) -> Self {
-        Self { url, spare, backoff, failures: 0, not_before: Instant::now(), last: None }
+    pub fn new(url: Arc<str>, spare: Spare, options: Options) -> Self {
+        Self { url, spare, options, failures: 0, not_before: Instant::now(), last: None }
     }
 
     /// The next connection, however long it takes. Cancel safe.
@@ -69,7 +85,7 @@ impl Dial {
                 None => connect(&self.url).await,
             };
             match connected {
-                Ok(client) => return Live::new(client),
+                Ok(client) => return Live::new(client, self.options.silence),
                 Err(error) => self.failed(error),
             }
         }
@@ -133,7 +149,7 @@ impl Dial {
     }
 
     fn failed(&mut self, error: ClientError) {
-        let wait = self.backoff.delay(self.failures);
+        let wait = self.options.backoff.delay(self.failures);
         warn!(url = %self.url, %error, ?wait, "There is no connection to the bridge; trying again.");
         self.failures = self.failures.saturating_add(1);
         self.not_before = Instant::now() + wait;
@@ -142,9 +158,9 @@ impl Dial {
 }
 
 impl Live {
-    fn new(client: Client) -> Self {
+    fn new(client: Client, silence: Duration) -> Self {
         let now = Instant::now();
-        Self { client, since: now, heard: now, probe: None, reconnect_after: None }
+        Self { client, since: now, heard: now, silence, probe: None, reconnect_after: None }
     }
 
     pub fn sender(&self) -> Sender {
@@ -171,11 +187,11 @@ impl Live {
                     answer?;
                     self.heard = Instant::now();
                 }
-                () = sleep_until(self.heard + QUIET_MAX), if probe.is_none() => {
-                    let sender = self.client.sender();
+                () = sleep_until(self.heard + self.silence), if probe.is_none() => {
+                    let (sender, silence) = (self.client.sender(), self.silence);
                     self.probe = Some(Box::pin(async move {
-                        let pong = timeout(PONG_TIMEOUT, sender.ping()).await;
-                        pong.unwrap_or(Err(ClientError::NoAnswer(PONG_TIMEOUT)))
+                        let pong = timeout(silence, sender.ping()).await;
+                        pong.unwrap_or(Err(ClientError::NoAnswer(silence)))
                     }));
                 }
             }

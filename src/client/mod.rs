@@ -34,25 +34,10 @@ use crate::wire::json::heard::Heard;
 pub use self::backoff::Backoff;
 pub use self::connection::{Client, ClientError, Sender};
 pub use self::consumer::{Consume, Consumed};
+pub use self::dial::Options;
 pub use self::event::{Event, Incoming};
 pub use self::line::SendError;
 pub use self::subscription::{Subscribe, Subscription};
-
-/// How patient the client is.
-#[derive(Debug, Clone, Copy)]
-pub struct Options {
-    /// How long a publish is tried, and how long a first subscribe may take.
-    pub deadline: Duration,
-    /// The waits between connections, and before a publish that was refused for now is sent again.
-    pub backoff: Backoff,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        let backoff = Backoff { first: Duration::from_millis(100), max: Duration::from_secs(5) };
-        Self { deadline: Duration::from_secs(30), backoff }
-    }
-}
 
 /// A client for services: what it does survives the connection that it was begun on. Cheap to clone.
 #[derive(Clone)]
@@ -202,7 +187,7 @@ impl Twinspan {
     }
 
     fn dial(&self) -> Dial {
-        Dial::new(self.shared.url.clone(), self.shared.spare.clone(), self.shared.options.backoff)
+        Dial::new(self.shared.url.clone(), self.shared.spare.clone(), self.shared.options)
     }
 }
 

@@ -21,11 +21,8 @@ pub const VARIABLE_PREFIX: &str = "TWINSPAN_";
 pub const SECRETS: [&str; 3] = ["lanes.ephemeral.token", "lanes.ephemeral.password", "lanes.durable.token"];
 
 /// Settings of the contract that this build cannot honor.
-const NOT_IN_THIS_BUILD: [(&str, &str); 3] = [
-    ("lanes.durable.spool_max", "this build has no spool to bound: leave it out"),
-    ("lanes.durable.tls.cert", "the Pulsar client of this build shows no certificate: use token"),
-    ("lanes.durable.tls.key", "the Pulsar client of this build shows no certificate: use token"),
-];
+const NOT_IN_THIS_BUILD: [(&str, &str); 1] =
+    [("lanes.durable.spool_max", "this build has no spool to bound: leave it out")];
 
 /// One value of one layer.
 #[derive(Debug, Clone)]

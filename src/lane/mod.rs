@@ -69,7 +69,9 @@ pub fn install_crypto() {
 #[cfg(test)]
 mod testing {
     use crate::message::Lane;
-    use crate::policy::table::{Declare, Overflow, Redelivery, Retention, Route, Template};
+    use crate::policy::table::{
+        Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
+    };
     use crate::topic::Pattern;
 
     /// An ephemeral route as a test needs one.
@@ -88,7 +90,10 @@ mod testing {
             retention: Retention::default(),
             declare: Declare::Auto,
             redelivery: Redelivery::default(),
+            compression: Compression::None,
+            pulsar_schema: PulsarSchema::Bytes,
             max_payload: None,
+            schema: None,
         }
     }
 }

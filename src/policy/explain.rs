@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::table::{Declare, Overflow, Retention, Route, RouteTable, Written};
+use super::table::{Compression, Declare, Overflow, PulsarSchema, Retention, Route, RouteTable, Written};
 use crate::message::Lane;
 use crate::origin::Origin;
 use crate::topic::{Pattern, Topic};
@@ -130,9 +130,12 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
             shown("max_deliveries", json!(dead_letter.map(|dead_letter| dead_letter.max_deliveries))),
             shown("backoff", backoff(&route.redelivery.backoff)),
             shown("dead_letter", json!(dead_letter.map(|dead_letter| dead_letter.topic.to_string()))),
+            shown("compression", compression(route.compression)),
+            shown("pulsar_schema", pulsar_schema(route.pulsar_schema)),
         ]),
     }
     rows.push(shown("max_payload", json!(route.max_payload.map(|bytes| units::show_size(bytes as u64)))));
+    rows.push(shown("schema", json!(route.schema.as_ref().map(|schema| &*schema.file))));
     rows
 }
 
@@ -147,6 +150,22 @@ fn declare(declare: Declare) -> Value {
     match declare {
         Declare::Auto => json!("auto"),
         Declare::Required => json!("required"),
+    }
+}
+
+fn compression(compression: Compression) -> Value {
+    match compression {
+        Compression::None => json!("none"),
+        Compression::Lz4 => json!("lz4"),
+        Compression::Zstd => json!("zstd"),
+    }
+}
+
+fn pulsar_schema(schema: PulsarSchema) -> Value {
+    match schema {
+        PulsarSchema::Bytes => json!("bytes"),
+        PulsarSchema::String => json!("string"),
+        PulsarSchema::Json => json!("json"),
     }
 }
 
@@ -242,6 +261,9 @@ topic = "orders.>"
 lane = "durable"
 pulsar = "persistent://acme/billing/{topic}"
 retention = { age = "7d" }
+backoff = ["1s", "30s"]
+max_deliveries = 5
+dead_letter = "dlq.{topic}"
 
 [[route]]
 topic = "orders.*.live"
@@ -251,7 +273,8 @@ history = 3
 "#;
 
     fn explained(topic: &str) -> Explanation {
-        let table = source::read(Path::new("r.toml"), ROUTES).unwrap();
+        let table =
+            source::read(Path::new("r.toml"), ROUTES, &|_| Err(std::io::ErrorKind::NotFound.into())).unwrap();
         let backend = |lane: Lane| {
             vec![Shown { name: format!("lanes.{lane}.url"), value: json!("x:1"), from: "TWINSPAN_X".into() }]
         };
@@ -267,14 +290,15 @@ history = 3
 
   option       value          from
   name         orders.*.live  default
-  topic        orders.*.live  r.toml:15
-  lane         ephemeral      r.toml:16
-  nats         acme.{topic}   r.toml:17
-  history      3              r.toml:18
+  topic        orders.*.live  r.toml:18
+  lane         ephemeral      r.toml:19
+  nats         acme.{topic}   r.toml:20
+  history      3              r.toml:21
   retain       false          default
   queue        100            default
   overflow     drop_oldest    default
   max_payload  none           default
+  schema       none           default
 
   setting              value  from
   lanes.ephemeral.url  x:1    TWINSPAN_X
@@ -302,9 +326,34 @@ routes that match as well, and lose
     }
 
     #[test]
+    fn what_becomes_of_a_message_that_nobody_acknowledges_is_told_and_its_dead_letters_are_a_topic() {
+        let text = explained("orders.eu").to_string();
+        let rows: Vec<_> =
+            text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        for row in [
+            "ack_timeout none default",
+            "max_deliveries 5 r.toml:14",
+            "backoff 1s, 30s r.toml:13",
+            "dead_letter dlq.{topic} r.toml:15",
+        ] {
+            assert!(rows.iter().any(|told| told == row), "{row}: {text}");
+        }
+        let text = explained("dlq.orders.eu").to_string();
+        assert!(
+            text.starts_with("dlq.orders.eu takes the durable lane by the route orders.dead_letter"),
+            "{text}"
+        );
+        assert!(text.contains("persistent://acme/billing/dlq.orders.eu"), "{text}");
+        assert!(text.contains("rest \">\" (r.toml:2)"), "{text}");
+    }
+
+    #[test]
     fn a_topic_without_a_route_is_told_what_to_write() {
         let table =
-            source::read(Path::new("r.toml"), "[[route]]\ntopic = \"a\"\nlane = \"durable\"").unwrap();
+            source::read(Path::new("r.toml"), "[[route]]\ntopic = \"a\"\nlane = \"durable\"", &|_| {
+                Err(std::io::ErrorKind::NotFound.into())
+            })
+            .unwrap();
         let told = explain(&table, &Topic::parse("b").unwrap(), |_| Vec::new());
         assert!(told.to_string().contains("refused with NO_ROUTE. Write a [[route]]"), "{told}");
         assert_eq!(serde_json::to_value(told).unwrap()["route"], Value::Null);

@@ -6,6 +6,8 @@
 //! POST /reload ─┘                             bad:  the table before it stays; last_reload() says why
 //! ```
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +20,7 @@ use tracing::{debug, error, info, warn};
 pub mod explain;
 pub mod naming;
 pub mod options;
+pub mod schema;
 pub mod source;
 pub mod table;
 pub mod watch;
@@ -67,24 +70,46 @@ impl Policy {
 #[derive(Debug)]
 pub struct Loaded {
     pub table: RouteTable,
-    text: String,
+    texts: Texts,
+}
+
+/// What was read for a table, the routes file and those it names; `None`: that one could not be read.
+#[derive(Debug, Default)]
+struct Texts(BTreeMap<PathBuf, Option<String>>);
+
+impl Texts {
+    /// Whether reading all of it again would give the same.
+    fn are_current(&self) -> bool {
+        self.0.iter().all(|(path, text)| std::fs::read_to_string(path).ok() == *text)
+    }
 }
 
 /// Reads a routes file, and reports everything that is wrong in it.
 pub fn load(path: &Path) -> Result<Loaded, Vec<Problem>> {
-    let text = read_text(path)?;
-    Ok(Loaded { table: source::read(path, &text)?, text })
+    let (table, texts) = read(path);
+    Ok(Loaded { table: table?, texts })
 }
 
-fn read_text(path: &Path) -> Result<String, Vec<Problem>> {
-    std::fs::read_to_string(path).map_err(|error| {
-        let message = format!(
-            "cannot read the routes file {}: {error}. It says which topic takes which lane: write it, or name \
-             another with --set server.routes=FILE",
-            path.display()
-        );
-        vec![Problem::new(Origin::Default, message)]
-    })
+fn read(path: &Path) -> (Result<RouteTable, Vec<Problem>>, Texts) {
+    let texts = RefCell::new(Texts::default());
+    let open = |path: &Path| {
+        let text = std::fs::read_to_string(path);
+        texts.borrow_mut().0.insert(path.to_owned(), text.as_ref().ok().cloned());
+        text
+    };
+    let table = open(path)
+        .map_err(|error| unreadable(path, &error))
+        .and_then(|text| source::read(path, &text, &open));
+    (table, texts.into_inner())
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> Vec<Problem> {
+    let message = format!(
+        "cannot read the routes file {}: {error}. It says which topic takes which lane: write it, or name \
+         another with --set server.routes=FILE",
+        path.display()
+    );
+    vec![Problem::new(Origin::Default, message)]
 }
 
 /// Reads the routes file again, whoever asks, and puts it in force if it is good. Cheap to clone.
@@ -100,8 +125,8 @@ struct Inner {
 }
 
 struct State {
-    /// The text of the last try, good or bad; `None`: it could not be read.
-    tried: Option<String>,
+    /// What the last try read, good or bad.
+    tried: Texts,
     last: LastReload,
 }
 
@@ -128,7 +153,7 @@ impl Reloader {
     pub fn new(path: PathBuf, loaded: Loaded, metrics: Arc<Metrics>) -> Self {
         metrics.reloaded(true);
         let last = LastReload { at: Timestamp::now(), ok: true, problems: Vec::new() };
-        let state = Mutex::new(State { tried: Some(loaded.text), last });
+        let state = Mutex::new(State { tried: loaded.texts, last });
         Self(Arc::new(Inner { path, policy: Policy::new(loaded.table), metrics, state }))
     }
 
@@ -138,23 +163,25 @@ impl Reloader {
 
     /// Reads the file now. If anything is wrong in it, nothing changes. Reads a file, so it may block.
     pub fn reload(&self) -> Result<Summary, Vec<Problem>> {
-        let mut state = self.lock();
-        let text = read_text(&self.0.path);
-        self.try_text(&mut state, text)
+        self.read_again(&mut self.lock())
     }
 
     pub fn last_reload(&self) -> LastReload {
         self.lock().last.clone()
     }
 
-    /// Reloads whenever the content of the file has changed, until `stop`.
+    /// Reloads whenever the content of the file, or of one that it names, has changed, until `stop`.
     pub async fn watch(self, stop: CancellationToken) {
-        let watch = Watch::new(&self.0.path);
-        // The first look is for a change between the start and the watch.
+        let mut watch = Watch::default();
         loop {
             let reloader = self.clone();
             if let Err(error) = tokio::task::spawn_blocking(move || reloader.look()).await {
                 error!(%error, "Looking at the routes file broke off; the routes stay as they are.");
+            }
+            let files: Vec<_> = self.lock().tried.0.keys().cloned().collect();
+            if watch.directories_of(&files) {
+                // A look for what changed before the watch was there.
+                continue;
             }
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -165,21 +192,16 @@ impl Reloader {
 
     fn look(&self) {
         let mut state = self.lock();
-        let text = read_text(&self.0.path);
-        if text.as_ref().ok() != state.tried.as_ref() {
+        if !state.tried.are_current() {
             // What came of it is in the log and in `last_reload`; there is nobody else to tell.
-            let _ = self.try_text(&mut state, text);
+            let _ = self.read_again(&mut state);
         }
     }
 
-    fn try_text(
-        &self,
-        state: &mut State,
-        text: Result<String, Vec<Problem>>,
-    ) -> Result<Summary, Vec<Problem>> {
+    fn read_again(&self, state: &mut State) -> Result<Summary, Vec<Problem>> {
         let file = self.0.path.display();
-        state.tried = text.as_ref().ok().cloned();
-        let read = text.and_then(|text| source::read(&self.0.path, &text));
+        let (read, texts) = read(&self.0.path);
+        state.tried = texts;
         self.0.metrics.reloaded(read.is_ok());
         let problems = read.as_ref().err().map_or(&[][..], Vec::as_slice);
         let mut told: Vec<_> = problems.iter().take(PROBLEMS_KEPT_MAX).map(Problem::to_string).collect();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use toml_edit::Item;
 
-use super::table::{Declare, Overflow};
+use super::table::{Compression, Declare, Overflow, PulsarSchema};
 use crate::message::Lane;
 use crate::units;
 
@@ -16,14 +16,17 @@ pub const QUEUE_DEFAULT: usize = 100;
 pub const QUEUE_MAX: usize = 10_000;
 pub const MAX_DELIVERIES_MAX: usize = 10_000;
 const BACKOFFS_MAX: usize = 32;
+/// Far beyond any sense, and within what clocks can add.
+const WAIT_MAX: Duration = Duration::from_secs(365 * 86_400);
 const NAME_BYTES_MAX: usize = 128;
 
 /// Which lane an option is for; `None`: both.
-pub const OPTIONS: [(&str, Option<Lane>); 17] = [
+pub const OPTIONS: [(&str, Option<Lane>); 20] = [
     ("name", None),
     ("topic", None),
     ("lane", None),
     ("max_payload", None),
+    ("schema", None),
     ("nats", Some(Lane::Ephemeral)),
     ("history", Some(Lane::Ephemeral)),
     ("retain", Some(Lane::Ephemeral)),
@@ -37,14 +40,15 @@ pub const OPTIONS: [(&str, Option<Lane>); 17] = [
     ("max_deliveries", Some(Lane::Durable)),
     ("backoff", Some(Lane::Durable)),
     ("dead_letter", Some(Lane::Durable)),
+    ("compression", Some(Lane::Durable)),
+    ("pulsar_schema", Some(Lane::Durable)),
 ];
 
 const NO_AUTHENTICATION: &str = "no authentication is configured in this build, so nobody has rights: leave it out, everyone who may connect may";
 /// Options of the contract that this build cannot honor, and what holds instead.
-pub const NOT_IN_THIS_BUILD: [(&str, &str); 6] = [
+pub const NOT_IN_THIS_BUILD: [(&str, &str); 5] = [
     ("live", "lane = \"both\" is not in this build: leave it out"),
     ("dedup_window", "not in this build: a message published twice is stored twice, with the same id"),
-    ("schema", "not in this build: payloads are not looked into"),
     ("rate", "not in this build: nobody is slowed down by a rate"),
     ("publish", NO_AUTHENTICATION),
     ("subscribe", NO_AUTHENTICATION),
@@ -87,12 +91,15 @@ pub fn size(item: &Item) -> Result<u64, String> {
     }
 }
 
-pub fn duration(item: &Item) -> Result<Duration, String> {
-    units::parse_duration(text(item)?).map_err(|e| e.to_string())
+fn wait(item: &Item) -> Result<Duration, String> {
+    match units::parse_duration(text(item)?).map_err(|e| e.to_string())? {
+        wait if wait > WAIT_MAX => Err(format!("at most {}", units::show_duration(WAIT_MAX))),
+        wait => Ok(wait),
+    }
 }
 
 pub fn ack_timeout(item: &Item) -> Result<Duration, String> {
-    match duration(item)? {
+    match wait(item)? {
         timeout if timeout.is_zero() => {
             Err("with no time at all nobody could acknowledge anything".to_owned())
         }
@@ -105,7 +112,7 @@ pub fn backoff(item: &Item) -> Result<Vec<Duration>, String> {
         item.as_array().filter(|array| (1..=BACKOFFS_MAX).contains(&array.len())).ok_or_else(|| {
             format!("expected a list of 1 to {BACKOFFS_MAX} durations such as [\"1s\", \"5s\", \"30s\"]")
         })?;
-    array.iter().map(|value| duration(&Item::Value(value.clone()))).collect()
+    array.iter().map(|value| wait(&Item::Value(value.clone()))).collect()
 }
 
 pub fn name(item: &Item) -> Result<Arc<str>, String> {
@@ -149,6 +156,24 @@ pub fn declare(item: &Item) -> Result<Declare, String> {
         "auto" => Ok(Declare::Auto),
         "required" => Ok(Declare::Required),
         other => Err(one_of(other, &["auto", "required"])),
+    }
+}
+
+pub fn compression(item: &Item) -> Result<Compression, String> {
+    match text(item)? {
+        "none" => Ok(Compression::None),
+        "lz4" => Ok(Compression::Lz4),
+        "zstd" => Ok(Compression::Zstd),
+        other => Err(one_of(other, &["none", "lz4", "zstd"])),
+    }
+}
+
+pub fn pulsar_schema(item: &Item) -> Result<PulsarSchema, String> {
+    match text(item)? {
+        "bytes" => Ok(PulsarSchema::Bytes),
+        "string" => Ok(PulsarSchema::String),
+        "json" => Ok(PulsarSchema::Json),
+        other => Err(one_of(other, &["bytes", "string", "json"])),
     }
 }
 

@@ -8,11 +8,13 @@
 //! refuses the whole file. So one run of `check` shows them all, and no file is applied in part.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use toml_edit::{Item, TableLike};
 
 use super::naming;
 use super::options::{self, text};
+use super::schema::Schema;
 use super::table::{
     DeadLetter, Declare, Overflow, Redelivery, Retention, Route, RouteTable, Template, Written,
 };
@@ -21,11 +23,14 @@ use crate::origin::{Origin, Problem, Source, nearest};
 use crate::topic::Pattern;
 use crate::units;
 
-/// Reads the text of a routes file. The path is what the problems name.
-pub fn read(path: &Path, text: &str) -> Result<RouteTable, Vec<Problem>> {
+/// Gives the text of a file that the routes name, by its path.
+pub type Open<'a> = &'a dyn Fn(&Path) -> std::io::Result<String>;
+
+/// Reads the text of a routes file. The path is what the problems name, and what other files' paths are relative to.
+pub fn read(path: &Path, text: &str, open: Open<'_>) -> Result<RouteTable, Vec<Problem>> {
     let source = Source::parse(path, text).map_err(|problem| vec![problem])?;
     let mut problems = Vec::new();
-    let mut drafts = drafts(&source, &mut problems);
+    let mut drafts = drafts(&source, open, &mut problems);
     drafts.extend(implied(&drafts, &mut problems));
     check_pairs(&drafts, &mut problems);
     if drafts.is_empty() && problems.is_empty() {
@@ -49,7 +54,7 @@ struct Draft {
     lane_known: bool,
 }
 
-fn drafts(source: &Source, problems: &mut Vec<Problem>) -> Vec<Draft> {
+fn drafts(source: &Source, open: Open<'_>, problems: &mut Vec<Problem>) -> Vec<Draft> {
     let mut drafts = Vec::new();
     for (key, item) in source.root().iter() {
         let at = source.at(source.root().key(key).and_then(|key| key.span()));
@@ -61,13 +66,13 @@ fn drafts(source: &Source, problems: &mut Vec<Problem>) -> Vec<Draft> {
         if let Some(tables) = item.as_array_of_tables() {
             for table in tables {
                 let at = source.at(table.span());
-                drafts.extend(Reader::new(source, table, at, problems).route());
+                drafts.extend(Reader::new(source, table, at, problems).route(open));
             }
         } else if let Some(array) = item.as_array() {
             for value in array {
                 let at = source.at(value.span());
                 match value.as_inline_table() {
-                    Some(table) => drafts.extend(Reader::new(source, table, at, problems).route()),
+                    Some(table) => drafts.extend(Reader::new(source, table, at, problems).route(open)),
                     None => problems.push(Problem::new(at, "a route is a table: write [[route]]")),
                 }
             }
@@ -92,7 +97,7 @@ impl<'a> Reader<'a> {
         Self { source, table, problems, written: Written { route: at, ..Written::default() } }
     }
 
-    fn route(mut self) -> Option<Draft> {
+    fn route(mut self, open: Open<'_>) -> Option<Draft> {
         self.refuse_unknown(&options::OPTIONS.map(|(name, _)| name));
         let pattern = self.required("topic", |item| Pattern::parse(text(item)?).map_err(|e| e.to_string()));
         let lane = self.required("lane", options::lane);
@@ -110,8 +115,17 @@ impl<'a> Reader<'a> {
         let retention = self.retention();
         let declare = self.optional("declare", options::declare);
         let redelivery = self.redelivery();
+        let compression = self.optional("compression", options::compression);
+        let pulsar_schema = self.optional("pulsar_schema", options::pulsar_schema);
         let max_payload =
             self.optional("max_payload", |item| options::size(item).map(|bytes| bytes as usize));
+        let directory = self.source.path().parent().map(Path::to_owned).unwrap_or_default();
+        let schema = self.optional("schema", |item| {
+            let file = text(item)?;
+            let path = directory.join(file);
+            let text = open(&path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+            Schema::parse(file, text).map(Arc::new)
+        });
 
         // A topic that could not be read has its problem already; without one there is nothing to compare.
         let pattern = pattern?;
@@ -128,7 +142,10 @@ impl<'a> Reader<'a> {
             retention,
             declare: declare.unwrap_or(Declare::Auto),
             redelivery,
+            compression: compression.unwrap_or_default(),
+            pulsar_schema: pulsar_schema.unwrap_or_default(),
             max_payload,
+            schema,
         };
         Some(Draft { route, written: self.written, lane_known: lane.is_some() })
     }
@@ -238,9 +255,9 @@ impl<'a> Reader<'a> {
 }
 
 /// The routes of the dead letters that no written route stores. They are there so that a dead-letter topic is a topic
-/// like any other: it is subscribed to, explained and found. A written durable route whose pattern covers them and that
-/// has no dead letters of its own is theirs (`dlq.>`, with its own retention); a written one for some of them goes before
-/// the implied one by precedence.
+/// like any other: it is subscribed to, explained and found. A written durable route for them is theirs (`dlq.>`, with
+/// its own retention): it covers them by name, which a catch-all does not, and has no dead letters of its own. A written
+/// one for some of them goes before the implied one by precedence.
 fn implied(written: &[Draft], problems: &mut Vec<Problem>) -> Vec<Draft> {
     let mut implied = Vec::new();
     for draft in written {
@@ -258,8 +275,9 @@ fn implied(written: &[Draft], problems: &mut Vec<Problem>) -> Vec<Draft> {
         let by_precedence = |a: &&Draft, b: &&Draft| a.route.pattern.precedence(&b.route.pattern);
         let stores = |other: &&Draft| {
             let route = &other.route;
+            let by_name = !matches!(route.pattern.tokens().next(), Some("*" | ">"));
             let is_theirs = route.pattern == pattern
-                || route.pattern.covers(&pattern) && route.redelivery.dead_letter.is_none();
+                || by_name && route.pattern.covers(&pattern) && route.redelivery.dead_letter.is_none();
             route.lane == Lane::Durable && is_theirs
         };
         let theirs = written.iter().filter(stores).min_by(by_precedence);
@@ -286,6 +304,7 @@ fn implied(written: &[Draft], problems: &mut Vec<Problem>) -> Vec<Draft> {
                 declare: Declare::Auto,
                 redelivery: Redelivery::default(),
                 max_payload: None,
+                schema: None,
                 ..draft.route.clone()
             };
             let options = ["name", "topic", "lane"].map(|name| (name, at.clone()));
@@ -352,7 +371,9 @@ mod tests {
     use crate::topic::Topic;
 
     fn problems(text: &str) -> Vec<String> {
-        let found = read(Path::new("r.toml"), text).err().unwrap_or_default();
+        let found = read(Path::new("r.toml"), text, &|_| Err(std::io::ErrorKind::NotFound.into()))
+            .err()
+            .unwrap_or_default();
         found.iter().map(Problem::to_string).collect()
     }
 
@@ -377,7 +398,7 @@ mod tests {
             retention = { age = "7d", size = "10GiB" }
             declare = "required"
         "#;
-        let table = read(Path::new("r.toml"), text).unwrap();
+        let table = read(Path::new("r.toml"), text, &|_| Err(std::io::ErrorKind::NotFound.into())).unwrap();
         let [durable, ephemeral] = table.routes() else { panic!("{table:?}") };
         assert_eq!((&*ephemeral.name, ephemeral.lane), ("telemetry", Lane::Ephemeral));
         assert_eq!((ephemeral.history, ephemeral.retain, ephemeral.queue), (5, true, 7));
@@ -398,7 +419,8 @@ mod tests {
         let tables = "[[route]]\ntopic = \"a\"\nlane = \"durable\"\n[route.retention]\nage = \"1d\"\n";
         let dotted = "[[route]]\ntopic = \"a\"\nlane = \"durable\"\nretention.age = \"1d\"\n";
         let inline = "route = [{ topic = \"a\", lane = \"durable\", retention = { age = \"1d\" } }]\n";
-        let read = |text| read(Path::new("r.toml"), text).unwrap();
+        let read =
+            |text| read(Path::new("r.toml"), text, &|_| Err(std::io::ErrorKind::NotFound.into())).unwrap();
         assert_eq!(read(tables).routes(), read(inline).routes());
         assert_eq!(read(tables).routes(), read(dotted).routes());
         assert!(read(tables).routes()[0].retention.age.is_some());
@@ -445,6 +467,7 @@ mod tests {
             ("durable", "outage = \"spool\"", "outage: \"spool\" is not in this build"),
             ("durable", "ack_timeout = \"0s\"", "ack_timeout: with no time at all"),
             ("durable", "backoff = \"1s\"", "backoff: expected a list of 1 to 32 durations"),
+            ("durable", "ack_timeout = \"366d\"", "ack_timeout: at most 365d"),
             ("durable", "backoff = []", "backoff: expected a list of 1 to 32 durations"),
             ("durable", "backoff = [\"1\"]", "backoff: \"1\" is no duration"),
             (
@@ -551,7 +574,9 @@ mod tests {
     fn with_dead_letters(behind: &str) -> Result<RouteTable, Vec<Problem>> {
         let text = "[[route]]\ntopic = \"a.>\"\nlane = \"durable\"\ndead_letter = \"dlq.{topic}\"\nmax_deliveries = 5\n\
                     pulsar = \"persistent://acme/eu/{topic}\"\nretention.age = \"1d\"\n";
-        super::read(Path::new("r.toml"), &format!("{text}{behind}"))
+        super::read(Path::new("r.toml"), &format!("{text}{behind}"), &|_| {
+            Err(std::io::ErrorKind::NotFound.into())
+        })
     }
 
     #[test]
@@ -581,6 +606,8 @@ mod tests {
             ("dlq.a.b", "durable", Ok("written")),
             ("dlq.a.c", "durable", Ok("a.>.dead_letter")),
             (">", "ephemeral", Ok("a.>.dead_letter")),
+            (">", "durable", Ok("a.>.dead_letter")),
+            ("*.a.>", "durable", Ok("a.>.dead_letter")),
             ("*.a.b", "ephemeral", Ok("a.>.dead_letter")),
             ("dlq.a.>", "ephemeral", Err(())),
             ("dlq.a.*", "ephemeral", Err(())),
@@ -606,10 +633,10 @@ mod tests {
                 (read, _) => panic!("{topic} {lane}: {read:?}"),
             }
         }
-        // Those of a catch-all do not become its own: they would go round for ever.
-        let all = "[[route]]\ntopic = \">\"\nlane = \"durable\"\nmax_deliveries = 2\ndead_letter = \"dead.{topic}\"\n";
+        // Those of a route do not become its own: they would go round for ever.
+        let all = "[[route]]\ntopic = \"x.>\"\nlane = \"durable\"\nmax_deliveries = 2\ndead_letter = \"x.dead.{topic}\"\n";
         let table = with_dead_letters(all).unwrap();
-        for (topic, route) in [("dlq.a.b", "a.>.dead_letter"), ("dead.x", ">.dead_letter")] {
+        for (topic, route) in [("dlq.a.b", "a.>.dead_letter"), ("x.dead.x.y", "x.>.dead_letter")] {
             assert_eq!(&*table.route_for(&Topic::parse(topic).unwrap()).unwrap().name, route);
         }
     }

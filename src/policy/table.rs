@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::schema::Schema;
 use crate::message::Lane;
 use crate::origin::Origin;
 use crate::topic::{Pattern, Topic};
@@ -30,8 +31,12 @@ pub struct Route {
     pub retention: Retention,
     pub declare: Declare,
     pub redelivery: Redelivery,
+    pub compression: Compression,
+    pub pulsar_schema: PulsarSchema,
     /// The largest payload in bytes; the connection's limit holds besides.
     pub max_payload: Option<usize>,
+    /// What a payload has to look like.
+    pub schema: Option<Arc<Schema>>,
 }
 
 /// What happens when a client reads an ephemeral route too slowly.
@@ -46,6 +51,26 @@ pub enum Overflow {
 pub enum Declare {
     Auto,
     Required,
+}
+
+/// How what is published to Pulsar is folded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compression {
+    #[default]
+    None,
+    Lz4,
+    Zstd,
+}
+
+/// What Pulsar's registry is told of a topic's messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PulsarSchema {
+    /// Nothing: bytes are what a topic without a schema holds.
+    #[default]
+    Bytes,
+    String,
+    /// The JSON schema that the topic has; a topic that has none is given none.
+    Json,
 }
 
 /// How long the embedded log keeps what is stored. Nothing given: for ever.

@@ -294,7 +294,7 @@ async fn request(
     Ok(([(header::CONTENT_TYPE, kind)], Body::from(reply.payload)).into_response())
 }
 
-/// The body is the payload; an id and a key may stand in headers, so that a publish whose outcome is unknown can be
+/// The body is the payload; an id, a key and a delay may stand in headers, so that a publish whose outcome is unknown can be
 /// repeated, and the trace goes along.
 fn draft(app: &App, headers: &HeaderMap, body: Result<Bytes, BytesRejection>) -> Result<Draft, Fault> {
     let max = app.session.max_message;
@@ -313,11 +313,15 @@ fn draft(app: &App, headers: &HeaderMap, body: Result<Bytes, BytesRejection>) ->
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), headers.get(name)?.to_str().ok()?.to_owned())))
         .collect();
+    let delay = text("twinspan-delay-ms")?.map(|delay| delay.parse().map(Duration::from_millis)).transpose();
     Ok(Draft {
         id: id.map_err(|_| Fault::bad_request("header twinspan-id is not a UUID"))?,
         key: text("twinspan-key")?.map(str::to_owned),
         payload,
         headers: carried,
+        delay: delay.map_err(|_| {
+            Fault::bad_request("header twinspan-delay-ms is not a whole number of milliseconds")
+        })?,
         ..Draft::default()
     })
 }
@@ -335,7 +339,10 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
 async fn health(State(app): State<Arc<App>>) -> Response {
     let lanes: serde_json::Map<_, _> = Lane::ALL
         .into_iter()
-        .map(|lane| (lane.to_string(), json!({"status": app.lane_status(lane)})))
+        .map(|lane| {
+            let about = json!({"status": app.lane_status(lane), "backend": app.backend(lane)});
+            (lane.to_string(), about)
+        })
         .collect();
     let subscribers: u64 = app.bridge.catalog.subscribers();
     let status = app.status();

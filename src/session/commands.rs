@@ -14,6 +14,7 @@ use super::shared::Shared;
 use super::subscription::{Subscription, plan};
 use crate::bridge::delivery::GroupMember;
 use crate::bridge::{Outcome, Published};
+use crate::filter::Filter;
 use crate::lane::contract::Publisher;
 use crate::lane::follow::Follow;
 use crate::message::{Draft, Envelope, Lane, Position, Start, Timestamp};
@@ -222,7 +223,7 @@ impl Reader {
     }
 
     async fn subscribe(&mut self, request_id: RequestId, asked: Subscribe) -> Result<(), Fault> {
-        let Subscribe { pattern, mut start, client_id, group } = asked;
+        let Subscribe { pattern, mut start, client_id, group, filter } = asked;
         let key = (pattern.clone(), group.as_ref().map(|group| group.name.clone()));
         if self.subscriptions.contains_key(&key) {
             let message = format!("this connection has subscribed to `{pattern}` already; unsubscribe first");
@@ -234,8 +235,12 @@ impl Reader {
             return Err(Fault::new(Code::LimitExceeded, message));
         }
         self.session.bridge.may_subscribe(&pattern)?;
+        let filter = match filter {
+            Some(text) => Some(self.filter(text).await?),
+            None => None,
+        };
         let subscription =
-            Subscription::new(self.session.next_number(), pattern, group, self.session.clone());
+            Subscription::new(self.session.next_number(), pattern, group, filter, self.session.clone());
         let last_n = match &mut start {
             Start::Last(n) => {
                 *n = (*n).min(self.last_n_max(&subscription));
@@ -278,6 +283,14 @@ impl Reader {
         self.session.outbox.push(Event::Ack(ack.into()));
         self.keep_subscription(key, subscription, opened, start != Start::Latest);
         Ok(())
+    }
+
+    async fn filter(&mut self, text: String) -> Result<Arc<Filter>, Fault> {
+        let bridge = self.session.bridge.clone();
+        let parsing = tokio::task::spawn_blocking(move || bridge.filters.get(&text));
+        let parsed = self.while_answering(parsing).await;
+        let parsed = parsed.map_err(|error| Fault::new(Code::Internal, format!("filter: {error}")))?;
+        parsed.map_err(|error| Fault::bad_request(error.to_string()))
     }
 
     /// What `last_n` is cut to.
@@ -356,6 +369,7 @@ impl Reader {
                 self.session.next_number(),
                 old.pattern.clone(),
                 old.group.clone(),
+                old.filter.clone(),
                 self.session.clone(),
             );
             self.session.outbox.push(Event::Info(Info::RouteChanged { topic: old.pattern.clone() }));
@@ -550,6 +564,9 @@ async fn replay_history(
 ) {
     let replay = async {
         for (route, envelope) in history {
+            if !subscription.wants(&envelope) {
+                continue;
+            }
             subscription.session.outbox.push_durable(subscription.replayed(&route, envelope)).await;
         }
     };

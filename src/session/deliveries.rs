@@ -31,8 +31,9 @@ struct Numbered {
     held: HashMap<u64, Held>,
     /// Those of `held` that may not be held for ever.
     due: BTreeSet<(Instant, u64)>,
-    /// Whether the timer runs.
+    /// Whether the timer runs, and for when it is set: it may find there that what was due is settled.
     timed: bool,
+    set_for: Option<Instant>,
 }
 
 /// One subscription's place in the group of one topic; a subscription to a pattern has one for each topic.
@@ -75,14 +76,13 @@ impl Deliveries {
     /// A delivery may be held so long from now on. `true`: the caller has to run the timer, `expire`.
     pub fn hold_no_longer_than(&self, number: u64, timeout: Duration) -> bool {
         let mut numbered = self.lock();
-        let Numbered { held, due, timed, .. } = &mut *numbered;
+        let Numbered { held, due, timed, set_for, .. } = &mut *numbered;
         // What was settled meanwhile needs no timer.
         let Some(held) = held.get_mut(&number) else { return false };
         let at = Instant::now() + timeout;
         held.due = Some(at);
-        let is_first = due.first().is_none_or(|(first, _)| at < *first);
         due.insert((at, number));
-        if is_first {
+        if set_for.is_none_or(|set_for| at < set_for) {
             self.earlier.notify_one();
         }
         !std::mem::replace(timed, true)
@@ -92,9 +92,9 @@ impl Deliveries {
     pub async fn expire(&self) {
         let mut giving_back = FuturesUnordered::new();
         loop {
-            let next = self.lock().due.first().map(|(at, _)| *at);
+            let set_for = self.set_timer();
             let is_due = async {
-                match next {
+                match set_for {
                     Some(at) => sleep_until(at).await,
                     None => std::future::pending().await,
                 }
@@ -113,6 +113,12 @@ impl Deliveries {
                 }
             }
         }
+    }
+
+    fn set_timer(&self) -> Option<Instant> {
+        let mut numbered = self.lock();
+        numbered.set_for = numbered.due.first().map(|(at, _)| *at);
+        numbered.set_for
     }
 
     /// What is due, by the member that holds it.

@@ -5,9 +5,11 @@
 //! replay: topic ──a way of its own for the subscription that asked──▶ outbox, then it joins the live feed
 //! group:  topic ──a member of the group──▶ outbox, each delivery with a number
 //! ```
+//! What no filter lets through is left out: of a live feed what none of its subscriptions wants, of a replay what this one
+//! does not want; a group's is acknowledged.
 //! Every feed waits for room in the outbox: a slow client is behind, and nothing is lost to it.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,9 +23,11 @@ use super::shared::Shared;
 use super::subscription::Subscription;
 use crate::bridge::delivery::GroupMember;
 use crate::bridge::fault;
-use crate::lane::contract::LaneError;
+use crate::bridge::filters::Filters;
+use crate::filter::Filter;
+use crate::lane::contract::{LaneError, Tag};
 use crate::lane::follow::{Follow, Step};
-use crate::message::{Lane, Start};
+use crate::message::{Envelope, Lane, Position, Start};
 use crate::policy::table::Route;
 use crate::topic::Topic;
 use crate::wire::code::Fault;
@@ -37,26 +41,63 @@ const RETRY_LAST: Duration = Duration::from_secs(5);
 pub struct Feeds(Mutex<HashMap<Topic, Live>>);
 
 struct Live {
-    subscriptions: HashSet<SubscriptionNo>,
+    /// With what each of them wants; `None`: everything.
+    subscriptions: HashMap<SubscriptionNo, Option<Arc<Filter>>>,
+    /// The last place that the feed left out, because none of them wanted what stands there.
+    left_out: Option<Position>,
     stop: CancellationToken,
 }
 
+/// What a subscription does that is up to the live events of a topic.
+enum Share {
+    /// The feed is this one's to run, under the token.
+    Runs(CancellationToken),
+    /// The feed brings, or has brought, all that this one has yet to see.
+    Shares,
+    /// The feed is ahead, and has left out something that this one has not seen.
+    Behind,
+}
+
 impl Feeds {
-    /// The subscription's share of the topic's live feed: `None` where there is one already, else the token under
-    /// which the caller has to run it.
-    fn join(&self, topic: &Topic, subscription: &Subscription) -> Option<CancellationToken> {
+    /// The share of a subscription that has seen everything up to `at`.
+    fn join(&self, topic: &Topic, subscription: &Subscription, at: Option<&Position>) -> Share {
         let mut feeds = self.lock();
         if subscription.stop.is_cancelled() {
-            return None;
+            return Share::Shares;
         }
         if let Some(live) = feeds.get_mut(topic) {
-            live.subscriptions.insert(subscription.no);
-            return None;
+            return if live.takes_in(subscription, at) { Share::Shares } else { Share::Behind };
         }
+        let filter = subscription.filter.clone();
         let stop = CancellationToken::new();
-        let live = Live { subscriptions: HashSet::from([subscription.no]), stop: stop.clone() };
-        feeds.insert(topic.clone(), live);
-        Some(stop)
+        let subscriptions = HashMap::from([(subscription.no, filter)]);
+        feeds.insert(topic.clone(), Live { subscriptions, left_out: None, stop: stop.clone() });
+        Share::Runs(stop)
+    }
+
+    /// The same while something is at hand that is yet to be seen: a feed that this one would have to run does not
+    /// bring that.
+    fn shares(&self, topic: &Topic, subscription: &Subscription, at: Option<&Position>) -> bool {
+        let mut feeds = self.lock();
+        subscription.stop.is_cancelled()
+            || feeds.get_mut(topic).is_some_and(|live| live.takes_in(subscription, at))
+    }
+
+    /// Whether a subscription to the topic's live feed wants the event. Where none does, the feed leaves it out.
+    fn passes(&self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
+        let mut feeds = self.lock();
+        // Without its subscriptions the feed is about to end.
+        let Some(live) = feeds.get_mut(&envelope.topic) else { return true };
+        let passes = live.passes(envelope, filters);
+        if !passes {
+            live.left_out = envelope.stored.as_ref().map(|stored| stored.position.clone());
+        }
+        passes
+    }
+
+    /// Whether the topic's live feed brings the event, or has brought it.
+    fn is_brought(&self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
+        self.lock().get(&envelope.topic).is_some_and(|live| live.passes(envelope, filters))
     }
 
     /// Ends the feeds that only this subscription wanted.
@@ -81,6 +122,24 @@ impl Feeds {
     }
 }
 
+impl Live {
+    fn takes_in(&mut self, subscription: &Subscription, at: Option<&Position>) -> bool {
+        let has_seen = |left_out: &Position| at.is_some_and(|at| left_out.is_within(at));
+        let takes = self.left_out.as_ref().is_none_or(has_seen);
+        if takes {
+            self.subscriptions.insert(subscription.no, subscription.filter.clone());
+        }
+        takes
+    }
+
+    fn passes(&self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
+        let wanted = |filter: &Option<Arc<Filter>>| {
+            filter.as_ref().is_none_or(|filter| filters.matches(filter, envelope))
+        };
+        self.subscriptions.values().any(Option::is_none) || self.subscriptions.values().any(wanted)
+    }
+}
+
 /// Runs one topic's way for a plain subscription: its replay, then its share of the live feed.
 pub async fn follow(subscription: Arc<Subscription>, mut follow: Follow) {
     let topic = follow.topic().clone();
@@ -92,11 +151,54 @@ pub async fn follow(subscription: Arc<Subscription>, mut follow: Follow) {
             return;
         }
     }
-    let Some(stop) = subscription.session.feeds.join(&topic, &subscription) else { return };
     let session = subscription.session.clone();
+    let stop = match session.feeds.join(&topic, &subscription, follow.reached()) {
+        Share::Runs(stop) => stop,
+        Share::Shares => return,
+        Share::Behind => {
+            let caught_up = subscription.stop.run_until_cancelled(catch_up(&subscription, &mut follow)).await;
+            let Some(Some(stop)) = caught_up else { return };
+            stop
+        }
+    };
     drop(subscription);
     if stop.run_until_cancelled(carry(&session, &mut follow, None)).await.is_some() {
         session.feeds.remove(&topic, &stop);
+    }
+}
+
+/// Goes beside a live feed that is ahead and has left out what others do not want, and brings what this one wants of
+/// that. Ends where it has seen all that the feed left out, and so can share it; with a token where it has to run it.
+async fn catch_up(subscription: &Arc<Subscription>, follow: &mut Follow) -> Option<CancellationToken> {
+    let session = &subscription.session;
+    let (topic, filters) = (follow.topic().clone(), &session.bridge.filters);
+    let mut at = follow.reached().cloned();
+    loop {
+        let events = match follow.next().await {
+            Ok(Step::Events { events, .. }) => events,
+            // Of these the feed tells.
+            Ok(Step::Missed | Step::CaughtUp) => continue,
+            Err(error) => {
+                session.outbox.push(Event::Error { request_id: None, fault: ended(&topic, error) });
+                return None;
+            }
+        };
+        for envelope in events.into_iter().flatten() {
+            if session.feeds.shares(&topic, subscription, at.as_ref()) {
+                return None;
+            }
+            at = envelope.stored.as_ref().map(|stored| stored.position.clone());
+            if subscription.wants(&envelope) && !session.feeds.is_brought(&envelope, filters) {
+                let item =
+                    Item { event: Event::Live(envelope), route: Some(follow.route().clone()), settle: None };
+                session.outbox.push_durable(item).await;
+            }
+        }
+        match session.feeds.join(&topic, subscription, at.as_ref()) {
+            Share::Runs(stop) => return Some(stop),
+            Share::Shares => return None,
+            Share::Behind => {}
+        }
     }
 }
 
@@ -106,6 +208,14 @@ async fn carry(session: &Shared, follow: &mut Follow, replay: Option<&Subscripti
         match follow.next().await {
             Ok(Step::Events { events, replayed }) => {
                 for event in events {
+                    let is_wanted = match (&event, replay) {
+                        (Ok(envelope), Some(subscription)) => subscription.wants(envelope),
+                        (Ok(envelope), None) => session.feeds.passes(envelope, &session.bridge.filters),
+                        (Err(_), _) => true,
+                    };
+                    if !is_wanted {
+                        continue;
+                    }
                     let event = match (event, replay) {
                         (Ok(envelope), Some(subscription)) if replayed => {
                             Event::Replayed { envelope, subscription: subscription.pattern.clone() }
@@ -212,6 +322,8 @@ pub async fn take_part(
         member: Arc::new(member),
     };
     let mut place = taken(member);
+    // Ends what is done for the membership, so that nothing keeps it.
+    let mut membership = subscription.stop.child_token();
     let mut retry = RETRY_FIRST;
     let stop = subscription.stop.clone();
     let taking = async {
@@ -220,9 +332,16 @@ pub async fn take_part(
                 Ok(handed) => {
                     retry = RETRY_FIRST;
                     let ack_timeout = place.member.ack_timeout();
+                    let unwanted =
+                        handed.iter().flatten().filter(|handed| !subscription.wants(&handed.envelope));
+                    let unwanted: Vec<_> = unwanted.map(|handed| handed.tag).collect();
+                    if !unwanted.is_empty() {
+                        session.spawn(leave_out(place.member.clone(), unwanted, membership.clone()));
+                    }
                     for handed in handed {
                         let mut number = None;
                         let item = match handed {
+                            Ok(handed) if !subscription.wants(&handed.envelope) => continue,
                             Ok(handed) => {
                                 if handed.attempt > 1 {
                                     session.bridge.metrics.redelivered(&route.name);
@@ -255,6 +374,7 @@ pub async fn take_part(
                 Err(error) => {
                     warn!(%topic, group = %group.name, %error, "A group membership broke off; joining again.");
                     session.deliveries.forget(&place);
+                    membership.cancel();
                     loop {
                         tokio::time::sleep(retry.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
                         retry = (retry * 2).min(RETRY_LAST);
@@ -262,6 +382,7 @@ pub async fn take_part(
                             session.bridge.join(&topic, &group, Start::Latest).await
                         {
                             (route, place) = (new_route, taken(new_member));
+                            membership = subscription.stop.child_token();
                             break;
                         }
                     }
@@ -280,4 +401,18 @@ async fn expire(session: Arc<Shared>) {
         () = session.deliveries.expire() => {}
         () = session.outbox.closed() => {}
     }
+}
+
+/// Acknowledges what the member does not want. Meanwhile it counts as held, so there are never more of these than
+/// `prefetch`; what cannot be acknowledged before the membership ends comes again, and is left out again.
+async fn leave_out(member: Arc<GroupMember>, tags: Vec<Tag>, membership: CancellationToken) {
+    let acknowledge = async {
+        let mut retry = RETRY_FIRST;
+        while let Err(error) = member.ack(tags.clone()).await {
+            debug!(%error, "What a filter left out could not be acknowledged; trying again.");
+            tokio::time::sleep(retry.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            retry = (retry * 2).min(RETRY_LAST);
+        }
+    };
+    membership.run_until_cancelled(acknowledge).await;
 }

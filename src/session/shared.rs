@@ -14,8 +14,7 @@ use super::replies::Replies;
 use super::settings::SessionSettings;
 use super::subscription::Subscription;
 use crate::bridge::Bridge;
-use crate::message::Timestamp;
-use crate::topic::Topic;
+use crate::message::{Envelope, Timestamp};
 use crate::wire::code::Close;
 
 pub struct Shared {
@@ -57,10 +56,10 @@ impl Shared {
         self.numbers.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Whether another plain subscription of this connection brings a live message of this topic.
-    pub fn is_brought_by_another(&self, subscription: &Subscription, topic: &Topic) -> bool {
+    /// Whether another plain subscription of this connection brings a live message.
+    pub fn is_brought_by_another(&self, subscription: &Subscription, envelope: &Arc<Envelope>) -> bool {
         let plain = self.plain.read().unwrap_or_else(PoisonError::into_inner);
-        plain.len() > 1 && plain.iter().any(|other| other.goes_before(subscription, topic))
+        plain.len() > 1 && plain.iter().any(|other| other.goes_before(subscription, envelope))
     }
 
     /// Runs a part of this connection. A panic in it ends this connection and nothing else.

@@ -15,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::outbox::{Item, SubscriptionNo};
 use super::shared::Shared;
+use crate::filter::Filter;
 use crate::lane::contract::{Ear, Listening};
 use crate::message::{Envelope, Lane};
 use crate::policy::table::{Route, RouteTable, Template};
-use crate::topic::{Pattern, Topic};
+use crate::topic::Pattern;
 use crate::wire::verbs::{Event, GapReason, Group, Info};
 
 pub struct Subscription {
@@ -26,6 +27,8 @@ pub struct Subscription {
     pub pattern: Pattern,
     pub group: Option<Group>,
     group_name: Option<Arc<str>>,
+    /// Of what the pattern matches, only this is wanted.
+    pub filter: Option<Arc<Filter>>,
     pub session: Arc<Shared>,
     /// Ends what runs for this subscription.
     pub stop: CancellationToken,
@@ -66,6 +69,7 @@ impl Subscription {
         no: SubscriptionNo,
         pattern: Pattern,
         group: Option<Group>,
+        filter: Option<Arc<Filter>>,
         session: Arc<Shared>,
     ) -> Arc<Self> {
         let plan = plan(&session.bridge.policy.table(), &pattern);
@@ -75,6 +79,7 @@ impl Subscription {
             pattern,
             group_name: group.as_ref().map(|group| group.name.as_str().into()),
             group,
+            filter,
             stop: CancellationToken::new(),
             hold: Mutex::default(),
             live_since: AtomicU64::new(0),
@@ -82,6 +87,11 @@ impl Subscription {
             listening: Mutex::new(None),
             session,
         })
+    }
+
+    /// Whether the filter, where there is one, lets the message through.
+    pub fn wants(&self, envelope: &Arc<Envelope>) -> bool {
+        self.filter.as_ref().is_none_or(|filter| self.session.bridge.filters.matches(filter, envelope))
     }
 
     /// Whether some topic of this subscription takes the lane.
@@ -130,16 +140,17 @@ impl Subscription {
         }
     }
 
-    /// Whether this subscription is live, was so before `other`, and brings the topic as well.
-    pub fn goes_before(&self, other: &Subscription, topic: &Topic) -> bool {
+    /// Whether this subscription is live, was so before `other`, and brings the message as well.
+    pub fn goes_before(&self, other: &Subscription, envelope: &Arc<Envelope>) -> bool {
         let since = self.live_since.load(Ordering::Acquire);
-        if since == 0 || self.no == other.no || !self.pattern.matches(topic) {
+        if since == 0 || self.no == other.no || !self.pattern.matches(&envelope.topic) {
             return false;
         }
-        match other.live_since.load(Ordering::Acquire) {
+        let is_older = match other.live_since.load(Ordering::Acquire) {
             0 => true,
             theirs => since < theirs,
-        }
+        };
+        is_older && self.wants(envelope)
     }
 
     /// An event of the history.
@@ -171,7 +182,9 @@ impl Subscription {
 
 impl Ear for Subscription {
     fn hear(&self, route: &Arc<Route>, envelope: &Arc<Envelope>) {
-        if self.group.is_none() && self.session.is_brought_by_another(self, &envelope.topic) {
+        // In a queue group as well: the message is this member's, and nobody else's, to want or not.
+        if !self.wants(envelope) || self.group.is_none() && self.session.is_brought_by_another(self, envelope)
+        {
             return;
         }
         if self.live_since.load(Ordering::Acquire) == 0 {

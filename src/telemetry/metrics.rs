@@ -9,6 +9,7 @@ use prometheus::{
     Opts, Registry, TextEncoder,
 };
 
+use crate::filter::Verdict;
 use crate::message::{Lane, Timestamp};
 use crate::wire::code::{Close, Code};
 
@@ -40,6 +41,7 @@ pub struct Metrics {
     backlog_messages: IntGaugeVec,
     backlog_age: GaugeVec,
     unacked_messages: IntGaugeVec,
+    filter_evaluations_total: IntCounterVec,
     queue_depth: Histogram,
     errors_total: IntCounterVec,
     reload_success: IntGauge,
@@ -140,6 +142,12 @@ impl Metrics {
                 "unacked_messages",
                 "Messages of a group's backlog that its members hold.",
                 &["route", "group"],
+            ),
+            filter_evaluations_total: counters(
+                &registry,
+                "filter_evaluations_total",
+                "Evaluations of subscribers' filters, one for each distinct expression and message, by what they found.",
+                &["outcome"],
             ),
             queue_depth: registered(
                 &registry,
@@ -291,6 +299,10 @@ impl Metrics {
         let _ = self.backlog_messages.remove_label_values(&series);
         let _ = self.unacked_messages.remove_label_values(&series);
         let _ = self.backlog_age.remove_label_values(&series);
+    }
+
+    pub fn evaluated(&self, verdict: Verdict) {
+        self.filter_evaluations_total.with_label_values(&[verdict.as_str()]).inc();
     }
 
     pub fn queued(&self, depth: usize) {

@@ -65,6 +65,8 @@ pub struct Subscribe {
     pub start: Start,
     pub client_id: Option<String>,
     pub group: Option<Group>,
+    /// The text of an expression: only what it matches is to come.
+    pub filter: Option<String>,
 }
 
 /// A consumer group, as a subscriber asks for it. On an ephemeral topic it is a queue group, and only its name

@@ -33,7 +33,7 @@ on_both_kinds! {
 
 /// The way to a bridge, to be cut and led elsewhere.
 async fn way_to(span: &Span) -> Proxy {
-    let way = Proxy::start().await;
+    let way = Proxy::start();
     way.lead_to(span.running.listen.port());
     way
 }
@@ -96,6 +96,14 @@ async fn stored(client: &Twinspan, topic: &str, count: usize) -> Vec<(String, St
     found
 }
 
+async fn is_stored(span: &Span, topic: &str, count: usize) {
+    eventually("the message is stored", async || {
+        let (_, page) = span.get(&format!("/topics/{topic}/messages?from=earliest")).await;
+        page["messages"].as_array().is_some_and(|messages| messages.len() >= count)
+    })
+    .await;
+}
+
 async fn a_publish_whose_answer_was_cut_off_is_sent_again_with_its_id(span: Span) {
     let way = way_to(&span).await;
     let client = client(&way);
@@ -104,11 +112,7 @@ async fn a_publish_whose_answer_was_cut_off_is_sent_again_with_its_id(span: Span
     way.swallow();
     let cut_off = client.send_in_line("orders.p", Draft { id: Some(id), ..draft("1") }).await.unwrap();
     // It has arrived, and its answer has not.
-    eventually("the message is stored", async || {
-        let (_, page) = span.get("/topics/orders.p/messages?from=earliest").await;
-        page["messages"].as_array().is_some_and(|messages| messages.len() == 2)
-    })
-    .await;
+    is_stored(&span, "orders.p", 2).await;
     way.resume();
     way.cut();
     let published = soon(cut_off).await.unwrap();
@@ -374,6 +378,39 @@ async fn a_consumer_that_stops_finishes_what_runs_and_gives_back_the_rest(span: 
     assert_eq!(rest, ["1", "2", "3", "4"].map(str::to_owned).into());
 }
 
+#[tokio::test]
+async fn a_handler_that_outlives_its_connection_is_waited_for_and_counts_as_unconfirmed() {
+    let span = Span::start().await;
+    let way = way_to(&span).await;
+    let client = client(&way);
+    publish(&client, "orders.o", [0]).await;
+    let (stop, finish) = (CancellationToken::new(), CancellationToken::new());
+    let (started, mut begun) = mpsc::unbounded_channel();
+    let consuming = tokio::spawn({
+        let (stop, finish) = (stop.clone(), finish.clone());
+        async move {
+            let handler = move |_: Event| {
+                let (started, finish) = (started.clone(), finish.clone());
+                async move {
+                    started.send(()).unwrap();
+                    finish.cancelled().await;
+                    Ok::<_, String>(())
+                }
+            };
+            client.consume("orders.o", group("outliving"), stop, handler).await
+        }
+    });
+    soon(begun.recv()).await.unwrap();
+    let connections = way.accepted();
+    way.accept_then_close();
+    way.cut();
+    eventually("the loss is noticed", async || way.accepted() > connections).await;
+    stop.cancel();
+    finish.cancel();
+    let consumed = soon(consuming).await.unwrap().unwrap();
+    assert_eq!(consumed, Consumed { handled: 1, failed: 0, unconfirmed: 1 });
+}
+
 /// The bridge ends while a consumer and a subscriber are at work, and another takes its place.
 async fn nothing_is_lost_when_the_bridge_restarts(plan: impl Fn() -> Plan) {
     let mut span = Span::with(plan()).await;
@@ -459,14 +496,17 @@ async fn an_error_says_what_became_of_the_message() {
         soon(client.subscribe("orders.x", Subscribe::default())).await.err(),
         Some(ClientError::Connect { .. })
     ));
-    // Sent, and the answer never came.
+    // Sent and stored; its answer was lost, and nobody was there to ask again.
     let way = way_to(&span).await;
-    let client =
-        Twinspan::new(&url(&way), Options { deadline: Duration::from_millis(300), ..quick() }).unwrap();
+    let client = Twinspan::new(&url(&way), Options { deadline: Duration::from_secs(1), ..quick() }).unwrap();
     client.publish("orders.x", &1).await.unwrap();
     way.swallow();
     let id = MessageId::new();
-    match soon(client.send("orders.x", Draft { id: Some(id), ..draft("2") })).await {
+    let sent = client.send_in_line("orders.x", Draft { id: Some(id), ..draft("2") }).await.unwrap();
+    is_stored(&span, "orders.x", 2).await;
+    way.refuse();
+    way.cut();
+    match soon(sent).await {
         Err(error @ SendError::OutcomeUnknown { .. }) => assert!(error.to_string().contains(&id.to_string())),
         other => panic!("{other:?}"),
     }
@@ -493,4 +533,38 @@ async fn a_client_does_not_come_back_after_it_was_told_not_to() {
     assert_eq!(way.accepted(), 2);
     // Whoever asks anew gets a new one.
     soon(client.publish("orders.x", &1)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_that_is_dead_and_does_not_say_so_is_given_up() {
+    let span = Span::start().await;
+    let way = way_to(&span).await;
+    let patient = Options { silence: Duration::from_millis(300), ..quick() };
+    let client = Twinspan::new(&url(&way), patient).unwrap();
+    let mut subscription = client.subscribe("orders.h", from(Start::Latest)).await.unwrap();
+    client.publish("orders.h", &1).await.unwrap();
+    assert_eq!(text(&next_event(&mut subscription).await), "1");
+    let (connections, publisher) = (way.accepted(), Twinspan::new(&span.url(), quick()).unwrap());
+    // One that is only quiet is not.
+    assert!(tokio::time::timeout(Duration::from_secs(1), subscription.next()).await.is_err());
+    assert_eq!(way.accepted(), connections);
+    way.hold();
+    publish(&publisher, "orders.h", [2]).await;
+    let publishing = client.send_in_line("orders.h", draft("3")).await.unwrap();
+    let given_up = async {
+        // Both connections are tried again, the subscription's because somebody waits for it.
+        while way.accepted() < connections + 2 {
+            tokio::select! {
+                heard = subscription.next() => panic!("nothing gets through, but {heard:?}"),
+                () = tokio::time::sleep(Duration::from_millis(10)) => {}
+            }
+        }
+    };
+    soon(given_up).await;
+    way.resume();
+    way.cut();
+    soon(publishing).await.unwrap();
+    for n in ["2", "3"] {
+        assert_eq!(text(&next_event(&mut subscription).await), n);
+    }
 }

@@ -12,7 +12,9 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 use twinspan::lane::contract::{DurableLane, Handed, Joining, LaneError, LaneState, Member, Publisher};
 use twinspan::message::{Draft, Envelope, GroupMode, Lane, Message, MessageId, Position, Start, Timestamp};
-use twinspan::policy::table::{Declare, Overflow, Redelivery, Retention, Route, Template};
+use twinspan::policy::table::{
+    Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
+};
 use twinspan::topic::{Pattern, Topic};
 
 pub mod groups;
@@ -78,7 +80,10 @@ pub fn route(name: &str, pattern: &str, retention: Retention) -> Route {
         retention,
         declare: Declare::Auto,
         redelivery: Redelivery::default(),
+        compression: Compression::None,
+        pulsar_schema: PulsarSchema::Bytes,
         max_payload: None,
+        schema: None,
     }
 }
 

@@ -289,7 +289,9 @@ struct Reluctant {
 impl Reluctant {
     async fn start() -> (Span, Arc<Self>) {
         let dir = tempfile::tempdir().unwrap();
-        let table = source::read("routes.toml".as_ref(), ROUTES).unwrap();
+        let table =
+            source::read("routes.toml".as_ref(), ROUTES, &|_| Err(std::io::ErrorKind::NotFound.into()))
+                .unwrap();
         let (policy, metrics) = (Policy::new(table), Arc::new(Metrics::new()));
         let log =
             Journal::open(&dir.path().join("data"), policy.clone(), Duration::from_secs(5), metrics.clone())
@@ -434,18 +436,40 @@ async fn a_dead_letter_that_takes_long_holds_up_no_other_delivery_and_is_not_los
     assert_eq!(stored(&span, "dead.jobs.slow").await.len(), 1);
 }
 
-async fn seek(client: &mut Client, topic: &str, group: &str) -> Result<(), String> {
+/// Moves a group; what the group brings from there may come before the answer.
+async fn seek(client: &mut Client, topic: &str, group: &str) -> Result<Vec<Heard>, String> {
     let frame =
         json!({"type": "seek", "request_id": "s", "topic": topic, "group": group, "from": "earliest"});
     client.send(frame.to_string()).await.unwrap();
-    let heard = next(client).await;
-    match heard.error {
-        None => {
-            assert_eq!((heard.kind.as_str(), heard.group.as_deref()), ("ack", Some(group)));
-            Ok(())
+    let mut before = Vec::new();
+    loop {
+        let heard = next(client).await;
+        match heard.kind.as_str() {
+            "event" => before.push(heard),
+            "ack" => {
+                assert_eq!((heard.request_id.as_deref(), heard.group.as_deref()), (Some("s"), Some(group)));
+                return Ok(before);
+            }
+            _ => {
+                let error = heard.error.unwrap();
+                return Err(format!("{}: {}", error.code, error.message));
+            }
         }
-        Some(error) => Err(format!("{}: {}", error.code, error.message)),
     }
+}
+
+#[tokio::test]
+async fn a_reload_of_the_routes_holds_for_what_is_given_back_from_then_on() {
+    let span = Span::start().await;
+    let mut client = span.client().await;
+    client.subscribe("slow.reloaded", json!({"group": "g"})).await.unwrap();
+    client.publish("slow.reloaded", &draft("1")).await.unwrap();
+    let held = event(&mut client).await;
+    span.write_routes(&ROUTES.replace("backoff = [\"1m\"]", "backoff = [\"1ms\"]"));
+    let reload = http_client().post(span.admin("/reload")).send().await.unwrap();
+    assert_eq!(answer(reload).await.0, 200);
+    nack(&client, &held).await;
+    assert_eq!(event(&mut client).await.attempt, Some(2));
 }
 
 #[tokio::test]
@@ -513,4 +537,91 @@ async fn a_report_tells_of_each_group_what_the_lane_knows() {
     eventually("it is told as metrics", async || series("backlog_messages") == 7.0).await;
     assert_eq!(series("unacked_messages"), 3.0);
     assert!((90.0..120.0).contains(&series("backlog_age_seconds")));
+}
+
+/// What the carriers do when they are asked for it.
+mod moved {
+    use super::*;
+
+    on_both_kinds! {
+        #[ignore = "until both carriers seek"]
+        a_group_goes_on_where_it_was_sent_and_forgets_what_was_held,
+        #[ignore = "until both carriers delete groups"]
+        a_group_without_members_is_deleted_and_begins_anew,
+        #[ignore = "until both carriers report members"]
+        members_and_what_they_hold_are_told,
+    }
+}
+
+async fn a_group_goes_on_where_it_was_sent_and_forgets_what_was_held(span: Span) {
+    let mut client = span.client().await;
+    client.subscribe("orders.seek", json!({"group": "g"})).await.unwrap();
+    let mut events = Vec::new();
+    for n in 0..5 {
+        client.publish("orders.seek", &draft(n.to_string())).await.unwrap();
+        events.push(event(&mut client).await);
+    }
+    let delivery = |n: usize| [events[n].delivery.unwrap()];
+    client.ack(&[events[0].delivery.unwrap(), events[1].delivery.unwrap()]).await.unwrap();
+    let mut again = seek(&mut client, "orders.seek", "g").await.unwrap();
+    assert_eq!(refused(client.ack(&delivery(4)).await), "UNKNOWN_DELIVERY");
+    // Everything comes again, what was acknowledged as well.
+    while again.len() < 5 {
+        again.push(event(&mut client).await);
+    }
+    let mut payloads: Vec<_> = again.iter().map(|event| event.payload().unwrap()).collect();
+    payloads.sort();
+    assert_eq!(payloads, ["0", "1", "2", "3", "4"].map(|n| n.as_bytes().to_vec()));
+    let deliveries: Vec<_> = again.iter().map(|event| event.delivery.unwrap()).collect();
+    client.ack(&deliveries).await.unwrap();
+    eventually("all is done", async || backlog(&span, "orders.seek").await == 0).await;
+    let none = seek(&mut client, "orders.seek", "nobody").await.unwrap_err();
+    assert!(none.starts_with("BAD_REQUEST"), "{none}");
+    // On a pattern the topics without the group are passed over.
+    client.publish("orders.bystander", &draft("0")).await.unwrap();
+    let before = seek(&mut client, "orders.*", "g").await.unwrap();
+    let first = match before.into_iter().next() {
+        Some(first) => first,
+        None => event(&mut client).await,
+    };
+    assert_eq!(first.topic.as_deref(), Some("orders.seek"));
+}
+
+async fn a_group_without_members_is_deleted_and_begins_anew(span: Span) {
+    let delete = async || {
+        let path = span.admin("/topics/orders.gone/groups/g");
+        answer(http_client().delete(path).send().await.unwrap()).await.0
+    };
+    let mut client = span.client().await;
+    client.publish("orders.gone", &draft("0")).await.unwrap();
+    let group = json!({"group": "g", "from": "earliest"});
+    client.subscribe("orders.gone", group.clone()).await.unwrap();
+    let first = event(&mut client).await;
+    client.ack(&[first.delivery.unwrap()]).await.unwrap();
+    assert_eq!(delete().await, 409, "it has a member");
+    client.unsubscribe("orders.gone", Some("g")).await.unwrap();
+    eventually("without members it is deleted", async || delete().await == 204).await;
+    assert_eq!(delete().await, 404);
+    client.subscribe("orders.gone", group).await.unwrap();
+    assert_eq!(event(&mut client).await.attempt, Some(1), "it remembers nothing");
+}
+
+async fn members_and_what_they_hold_are_told(span: Span) {
+    let (mut one, mut two) = (span.client().await, span.client().await);
+    for client in [&one, &two] {
+        client.subscribe("slow.d", json!({"group": "g", "prefetch": 1})).await.unwrap();
+    }
+    for n in 0..3 {
+        one.publish("slow.d", &draft(n.to_string())).await.unwrap();
+    }
+    event(&mut one).await;
+    event(&mut two).await;
+    let report = async || span.get("/topics/slow.d").await.1["groups"][0].clone();
+    let expected = [json!("shared"), json!(2), json!(3), json!(2)];
+    eventually("the report is whole", async || {
+        let group = report().await;
+        ["mode", "members", "backlog", "unacked"].map(|name| group[name].clone()) == expected
+    })
+    .await;
+    assert!(report().await["oldest_age_ms"].as_u64().unwrap() < 30_000);
 }

@@ -290,15 +290,15 @@ pub fn nothing() -> Value {
 
 /// Runs each promise, a function of a bridge, on the embedded lanes and on real brokers.
 macro_rules! on_both_kinds {
-    ($($promise:ident),* $(,)?) => {
+    ($($(#[$attribute:meta])* $promise:ident),* $(,)?) => {
         mod embedded {
-            $(#[tokio::test]
+            $($(#[$attribute])* #[tokio::test]
             async fn $promise() {
                 super::$promise($crate::harness::Span::start().await).await;
             })*
         }
         mod brokers {
-            $(#[tokio::test]
+            $($(#[$attribute])* #[tokio::test]
             async fn $promise() {
                 if let Some(span) = $crate::harness::Span::on_brokers().await {
                     super::$promise(span).await;

@@ -80,6 +80,19 @@ async fn a_publish_by_http_is_heard_and_read_back_page_by_page() {
 }
 
 #[tokio::test]
+async fn a_publish_by_http_may_ask_for_a_delay_where_the_topic_knows_delays() {
+    let span = Span::start().await;
+    let publish = async |topic: &str, delay: &str| {
+        let request = http_client().post(span.http(&format!("/publish/{topic}"))).body("1");
+        let (status, told) = answer(request.header("twinspan-delay-ms", delay).send().await.unwrap()).await;
+        (status, told["error"]["code"].as_str().map(str::to_owned))
+    };
+    assert_eq!(publish("orders.later", "5").await, (200, None));
+    assert_eq!(publish("telemetry.later", "5").await, (400, Some("LANE_MISMATCH".into())));
+    assert_eq!(publish("orders.later", "soon").await, (400, Some("BAD_REQUEST".into())));
+}
+
+#[tokio::test]
 async fn a_request_by_http_returns_the_reply() {
     let span = Span::start().await;
     let (status, refused) = span.post("/request/svc.x", "1").await;
@@ -111,7 +124,11 @@ async fn health_readiness_and_metrics_say_how_it_is() {
     assert_eq!(span.get("/readyz").await.0, 200);
     let (status, health) = span.get("/health").await;
     assert_eq!((status, &health["status"]), (200, &json!("ok")));
-    assert_eq!(health["lanes"], json!({"ephemeral": {"status": "up"}, "durable": {"status": "up"}}));
+    let lane = |backend: &str| json!({"status": "up", "backend": backend});
+    assert_eq!(
+        health["lanes"],
+        json!({"ephemeral": lane("in-process bus"), "durable": lane("embedded log")})
+    );
     assert_eq!((&health["topics"], &health["subscribers"]), (&json!(1), &json!(1)));
 
     let response = http_client().get(span.admin("/health")).send().await.unwrap();

@@ -20,6 +20,7 @@ mod crash;
 mod damage;
 mod disk;
 mod full;
+mod groups;
 
 fn topic(name: &str) -> Topic {
     Topic::parse(name).unwrap()

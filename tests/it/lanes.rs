@@ -11,7 +11,9 @@ use twinspan::lane::nats::Nats;
 use twinspan::lane::settings::{EphemeralBackend, EphemeralSettings};
 use twinspan::message::{Draft, Envelope, Lane, Message, MessageId};
 use twinspan::policy::Policy;
-use twinspan::policy::table::{Declare, Overflow, Redelivery, Retention, Route, RouteTable, Template};
+use twinspan::policy::table::{
+    Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
+};
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
 
@@ -54,7 +56,10 @@ pub fn ephemeral(topics: &str, nats: &str) -> Route {
         retention: Retention::default(),
         declare: Declare::Auto,
         redelivery: Redelivery::default(),
+        compression: Compression::None,
+        pulsar_schema: PulsarSchema::Bytes,
         max_payload: None,
+        schema: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! Native clients of the brokers and WebSocket clients of the bridge talk to each other, bytes equal.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -127,4 +128,54 @@ async fn a_thousand_plain_subscribers_are_one_reader_at_the_broker() {
     let consumers = stats["subscriptions"].as_object().unwrap().values();
     let consumers: usize = consumers.map(|group| group["consumers"].as_array().unwrap().len()).sum();
     assert_eq!(consumers, 1, "{stats:#}");
+}
+
+#[tokio::test]
+async fn a_dead_letter_tells_a_native_client_by_its_properties_where_it_comes_from() {
+    let Some(span) = Span::on_brokers().await else { return };
+    let native: Pulsar<_> =
+        Pulsar::builder(shared_pulsar().await.url(), TokioExecutor).build().await.unwrap();
+    let topic = |name: &str| format!("persistent://public/default/{}.{name}", span.own);
+    let mut letters: Consumer<Vec<u8>, _> = native
+        .consumer()
+        .with_topic(topic("dead.jobs.native"))
+        .with_subscription("native")
+        .with_subscription_type(SubType::Exclusive)
+        .build()
+        .await
+        .unwrap();
+    let mut client = span.client().await;
+    client.subscribe("jobs.native", json!({"group": "g"})).await.unwrap();
+    // What a native producer calls ours is no reason to keep its message for ever.
+    let mut producer = native.producer().with_topic(topic("jobs.native")).build().await.unwrap();
+    let message = pulsar::producer::Message {
+        payload: b"poison".to_vec(),
+        properties: [("own", "1"), ("twinspan-x", "2")].map(|(n, v)| (n.to_owned(), v.to_owned())).into(),
+        ..Default::default()
+    };
+    producer.send_non_blocking(message).await.unwrap().await.unwrap();
+    let mut refused = next(&mut client).await;
+    for _ in 0..2 {
+        client.nack(&[refused.delivery.unwrap()], Duration::ZERO).await.unwrap();
+        refused = next(&mut client).await;
+    }
+    client.nack(&[refused.delivery.unwrap()], Duration::ZERO).await.unwrap();
+    let letter = soon(letters.next()).await.unwrap().unwrap();
+    assert_eq!(letter.payload.data, b"poison");
+    let properties = letter.payload.metadata.properties.iter();
+    let mut properties: BTreeMap<_, _> = properties.map(|pair| (&*pair.key, &*pair.value)).collect();
+    for ours in ["twinspan-ts", "twinspan-origin-ts"] {
+        assert!(properties.remove(ours).is_some(), "{ours}");
+    }
+    let position = refused.position.as_deref().unwrap();
+    let id = refused.message().unwrap().id.unwrap();
+    let expected = [
+        ("own", "1"),
+        ("twinspan-id", &id),
+        ("twinspan-origin-attempts", "3"),
+        ("twinspan-origin-group", "g"),
+        ("twinspan-origin-position", position),
+        ("twinspan-origin-topic", "jobs.native"),
+    ];
+    assert_eq!(properties, expected.into());
 }

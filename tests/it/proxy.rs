@@ -31,7 +31,8 @@ enum Mode {
     Swallow,
 }
 
-/// Ends with its last handle dropped, and all connections with it.
+/// Ends when it is dropped, and all connections with it. It has a thread and a runtime of its own, so that it may outlive
+/// the test that started it.
 pub struct Proxy {
     port: u16,
     /// The broker's port.
@@ -40,13 +41,13 @@ pub struct Proxy {
     /// Counts the cuts.
     cuts: watch::Sender<usize>,
     accepted: Arc<AtomicUsize>,
-    _tasks: JoinSet<()>,
 }
 
 impl Proxy {
-    /// Listens for what is to go to a broker on this machine, once it is led to one.
-    pub async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    /// Listens for what is to go to a broker on this machine.
+    pub fn start() -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
         let at = listener.local_addr().unwrap();
         let (mode, cuts) = (watch::Sender::new(Mode::Forward), watch::Sender::new(0));
         let (to, accepted) = (Arc::new(AtomicU16::new(0)), Arc::new(AtomicUsize::new(0)));
@@ -57,14 +58,16 @@ impl Proxy {
             cuts: cuts.subscribe(),
             accepted: accepted.clone(),
         };
-        let mut tasks = JoinSet::new();
-        tasks.spawn(accepting.run(listener));
-        Self { port: at.port(), to, mode, cuts, accepted, _tasks: tasks }
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async { accepting.run(TcpListener::from_std(listener).unwrap()).await });
+        });
+        Self { port: at.port(), to, mode, cuts, accepted }
     }
 
     /// A Pulsar whose clients, its own included, all come through the proxy, and the proxy.
     pub async fn pulsar(mut options: Options) -> (Broker, Self) {
-        let proxy = Self::start().await;
+        let proxy = Self::start();
         // Either of the two names the address, and both together are refused by the broker.
         options.set.push("advertisedAddress=".into());
         options.set.push(format!("advertisedListeners=proxied:pulsar://127.0.0.1:{}", proxy.port));

@@ -74,6 +74,7 @@ fn topic(name: &str) -> Topic {
 }
 
 /// A lane on a broker, with one route, and a topic of its own.
+#[derive(Clone)]
 struct Bed {
     lane: Arc<PulsarLane>,
     route: Arc<Route>,
@@ -91,10 +92,14 @@ impl Bed {
     }
 
     async fn routed(broker: &Broker, route: Route) -> Self {
+        Self::with(route, settings(broker)).await
+    }
+
+    async fn with(route: Route, settings: DurableSettings) -> Self {
         let policy = Policy::new(RouteTable::new([route.clone()]));
-        let lane = open(&settings(broker), &policy).await;
+        let lane = open(&settings, &policy).await;
         let topic = topic(&route.pattern.as_str().replace('>', &MessageId::new().to_string()));
-        let native = Pulsar::builder(broker.url(), TokioExecutor).build().await.unwrap();
+        let native = Pulsar::builder(&settings.url[0], TokioExecutor).build().await.unwrap();
         Self { lane, route: Arc::new(route), topic, native }
     }
 

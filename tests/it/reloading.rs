@@ -160,3 +160,31 @@ fn a_reload_that_was_asked_for_tells_what_changed() {
     assert_eq!(reloader.reload().unwrap().to_string(), "2 routes, added c, changed a, removed b");
     assert!(changes.has_changed().unwrap());
 }
+
+#[tokio::test]
+async fn a_schema_that_alone_has_changed_is_reloaded_and_a_bad_one_leaves_the_routes_in_force() {
+    let schema = |directory: &TempDir, text: &str| drop(file(directory, "schemas/a.json", text));
+    let watched = Watched::new(|directory| {
+        fs::create_dir(directory.path().join("schemas")).unwrap();
+        schema(directory, "{}");
+        file(directory, "routes.toml", &(EPHEMERAL.to_owned() + "schema = \"schemas/a.json\"\n"));
+    });
+    let takes = |watched: &Watched, payload: &str| {
+        let table = watched.reloader.policy().table();
+        table.routes()[0].schema.as_ref().unwrap().check(payload.as_bytes()).is_ok()
+    };
+    assert!(takes(&watched, "7"));
+    for (text, taken) in [(r#"{"type":"string"}"#, "\"a\""), (r#"{"type":"array"}"#, "[]")] {
+        schema(&watched.directory, text);
+        watched.until("the new schema", |watched| takes(watched, taken) && !takes(watched, "7")).await;
+    }
+    schema(&watched.directory, r#"{"type":"arrray"}"#);
+    watched.until("the refusal", |watched| !watched.reloader.last_reload().ok).await;
+    let told = watched.reloader.last_reload().problems.join("\n");
+    assert!(told.contains("routes.toml:4: schema: schemas/a.json is no JSON Schema: at \"/type\""), "{told}");
+    assert!(takes(&watched, "[]") && !takes(&watched, "7"));
+    fs::remove_file(watched.directory.path().join("schemas/a.json")).unwrap();
+    let gone = |watched: &Watched| watched.reloader.last_reload().problems[0].contains("schema: cannot read");
+    watched.until("that it is gone", gone).await;
+    assert!(takes(&watched, "[]"));
+}

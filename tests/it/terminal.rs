@@ -184,7 +184,7 @@ async fn pub_says_how_many_lines_were_acknowledged_and_fails_if_one_was_not() {
 #[tokio::test]
 async fn sub_goes_on_where_it_was_when_the_bridge_comes_back() {
     let span = Span::start().await;
-    let way = Proxy::start().await;
+    let way = Proxy::start();
     way.lead_to(span.running.listen.port());
     let url = format!("ws://127.0.0.1:{}/ws", way.port());
     let (child, mut lines) =

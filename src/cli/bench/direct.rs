@@ -84,10 +84,11 @@ impl Direct {
             let lane = lane::open_ephemeral(settings, self.ground.policy.clone(), self.metrics.clone())
                 .await
                 .context("opening the ephemeral lane")?;
-            up(Lane::Ephemeral, lane.state()).await?;
             anyhow::Ok(lane)
         };
-        Ok(self.ephemeral.get_or_try_init(open).await?.clone())
+        let lane = self.ephemeral.get_or_try_init(open).await?;
+        up(Lane::Ephemeral, lane.state()).await?;
+        Ok(lane.clone())
     }
 
     async fn durable(&self) -> Result<Arc<dyn DurableLane>> {
@@ -101,10 +102,11 @@ impl Direct {
             )
             .await
             .context("opening the durable lane")?;
-            up(Lane::Durable, lane.state()).await?;
             anyhow::Ok(lane)
         };
-        Ok(self.durable.get_or_try_init(open).await?.clone())
+        let lane = self.durable.get_or_try_init(open).await?;
+        up(Lane::Durable, lane.state()).await?;
+        Ok(lane.clone())
     }
 
     async fn listen(&self, topic: &str, group: Option<&str>) -> Result<Heard> {
@@ -116,6 +118,7 @@ impl Direct {
     }
 }
 
+/// A broker that is busy with something else may have been given up for a moment.
 async fn up(lane: Lane, mut state: watch::Receiver<LaneState>) -> Result<()> {
     let is_up = timeout(UP_WITHIN, state.wait_for(LaneState::is_up)).await.is_ok_and(|state| state.is_ok());
     ensure!(is_up, "the {lane} lane is not up: {:?}", *state.borrow());

@@ -108,7 +108,8 @@ pub async fn windowed(line: Line, window: u64, time: Duration, carrier: Option<&
         drop(handed);
         let all = acked.fetch_add(arrived.len() as u64, Relaxed) + arrived.len() as u64;
         arrived.clear();
-        if now <= until {
+        // What comes after the time is up counts only where nothing came before.
+        if now <= until || last == begun {
             (counted, last) = (all, now);
         }
         room.notify_one();
@@ -138,7 +139,7 @@ pub async fn windowed(line: Line, window: u64, time: Duration, carrier: Option<&
         expected: 0,
         received: 0,
         repeated: 0,
-        rate: if counted > 0 { counted as f64 / seconds } else { 0.0 },
+        rate: counted as f64 / seconds,
         seconds,
         latency: Some(latency),
         spent,

@@ -1,7 +1,7 @@
 //! `bench`: load and latency through the bridge on either lane, beside the lanes without it and Pulsar's own clients.
 //!
 //! ```text
-//! warm-up ─▶ round 1: A B C ─▶ round 2: A B C ─▶ … ─▶ medians, spreads, and A against each
+//! warm-up ─▶ round 1: A B C ─▶ round 2: A B C ─▶ … ─▶ medians, spreads, ratios
 //! ```
 //! Whatever is compared takes turns, so that what else the machine does disturbs all of it alike.
 
@@ -68,7 +68,7 @@ pub struct Bench {
     /// One of Pulsar's own clients: pulsar-ws, pulsar-crate or pulsar-crate-batched.
     #[arg(long, value_parser = peer, conflicts_with_all = ["compare", "direct"])]
     peer: Option<Who>,
-    /// Several, in turns; the ratios say how often the first has what each has.
+    /// Several, in turns, with the ratios of each to every later one.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "TARGETS")]
     compare: Vec<Who>,
     /// Where Pulsar's WebSocket API is.

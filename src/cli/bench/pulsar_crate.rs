@@ -27,7 +27,7 @@ impl Target for PulsarCrate {
             producer,
             payload: payload.clone(),
             under_way,
-            flush: matches!(self.entries, Entries::Of(_)),
+            flush: matches!(self.entries, Entries::Of(2..)),
         };
         Ok((Box::new(out), Box::new(Receipts { receipts, first: None })))
     }

@@ -77,10 +77,10 @@ impl Row {
     }
 }
 
-/// How often the first has what another one has; below 1 where the first has less.
-fn ratio(first: Option<Spread>, other: Option<Spread>) -> Option<f64> {
-    let (first, other) = (first?.median, other?.median);
-    (other > 0.0).then(|| first / other)
+/// Of the medians.
+fn ratio(one: Option<Spread>, other: Option<Spread>) -> Option<f64> {
+    let (one, other) = (one?.median, other?.median);
+    (other > 0.0).then(|| one / other)
 }
 
 /// One load on everything that was compared.
@@ -97,8 +97,14 @@ pub struct Table {
 }
 
 impl Table {
+    /// Each with every later one of the same target or the same lane.
+    fn pairs(&self) -> impl Iterator<Item = (&Row, &Row)> {
+        let pairs = self.rows.iter().enumerate();
+        let pairs = pairs.flat_map(|(at, one)| self.rows[at + 1..].iter().map(move |other| (one, other)));
+        pairs.filter(|(one, other)| one.target == other.target || one.lane == other.lane)
+    }
+
     pub fn json(&self) -> Value {
-        let first = &self.rows[0];
         let rows: Vec<_> = self
             .rows
             .iter()
@@ -109,13 +115,6 @@ impl Table {
                         Some(((*name).to_owned(), row.latency(*percentile)?.json()))
                     })
                     .collect();
-                let mut ratios: serde_json::Map<_, _> = PERCENTILES
-                    .iter()
-                    .filter_map(|(name, p)| {
-                        Some(((*name).to_owned(), json!(ratio(first.latency(*p), row.latency(*p))?)))
-                    })
-                    .collect();
-                ratios.insert("rate".into(), json!(ratio(first.rate(), row.rate())));
                 json!({
                     "target": row.target,
                     "lane": row.lane,
@@ -130,11 +129,32 @@ impl Table {
                     "processor_us_per_message": row.processor().map(Spread::json),
                     "processor_includes_load": row.one_process,
                     "load_processors": row.generator().map(Spread::json),
-                    "first_over_this": ratios,
                 })
             })
             .collect();
-        json!({ "workload": self.workload, "unit": self.unit, "options": self.options, "results": rows })
+        let ratios: Vec<_> = self
+            .pairs()
+            .map(|(one, other)| {
+                let mut ratios = json!({
+                    "of": [one.target, one.lane],
+                    "to": [other.target, other.lane],
+                    "rate": ratio(one.rate(), other.rate()),
+                });
+                for (name, percentile) in PERCENTILES {
+                    if let Some(ratio) = ratio(one.latency(percentile), other.latency(percentile)) {
+                        ratios[name] = json!(ratio);
+                    }
+                }
+                ratios
+            })
+            .collect();
+        json!({
+            "workload": self.workload,
+            "unit": self.unit,
+            "options": self.options,
+            "results": rows,
+            "ratios": ratios,
+        })
     }
 
     pub fn print(&self) {
@@ -150,13 +170,6 @@ impl Table {
             head.extend(["p50 ms", "p90 ms", "p99 ms", "max ms"].map(String::from));
         }
         head.extend(["µs/msg", "load"].map(String::from));
-        let compared = self.rows.len() > 1;
-        if compared {
-            head.push("first/this: rate".into());
-            if has_latency {
-                head.extend(["p50", "p99"].map(String::from));
-            }
-        }
         let mut lines = vec![head];
         let (mut notes, mut one_process) = (Vec::new(), false);
         for row in &self.rows {
@@ -169,13 +182,6 @@ impl Table {
             one_process |= row.one_process;
             cells.push(cell(row.processor(), false, fixed) + mark);
             cells.push(cell(row.generator(), false, |share| format!("{:.0} %", share * 100.0)));
-            if compared {
-                let show = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
-                cells.push(show(ratio(first.rate(), row.rate())));
-                if has_latency {
-                    cells.extend([50.0, 99.0].map(|p| show(ratio(first.latency(p), row.latency(p)))));
-                }
-            }
             lines.push(cells);
             let (received, repeated) = (row.sum(|round| round.received), row.sum(|round| round.repeated));
             let expected = row.sum(|round| round.expected);
@@ -207,6 +213,16 @@ impl Table {
                 text += &format!("  {cell:>width$}");
             }
             text += "\n";
+        }
+        for (one, other) in self.pairs() {
+            let show = |what: &str, ratio: Option<f64>| ratio.map(|ratio| format!("{what} {ratio:.2}"));
+            let ratios = [
+                show("rate", ratio(one.rate(), other.rate())),
+                show("p50", ratio(one.latency(50.0), other.latency(50.0))),
+                show("p99", ratio(one.latency(99.0), other.latency(99.0))),
+            ];
+            let ratios: Vec<_> = ratios.into_iter().flatten().collect();
+            text += &format!("  {} / {}: {}\n", one.name, other.name, ratios.join(", "));
         }
         for note in notes {
             text += &format!("  {note}\n");

@@ -261,43 +261,28 @@ impl State {
     }
 }
 
-impl Step {
-    /// What a test wants to see.
-    #[cfg(test)]
-    fn todo(self) -> Option<Todo> {
-        match self {
-            Step::Do(_, todo) => Some(todo),
-            Step::End => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::lane::journal::rows::Extent;
-    use crate::lane::journal::share::{STEP, WINDOW};
     use crate::lane::journal::topics::Topics;
+    use crate::message::Draft;
     use crate::topic::Topic;
 
     #[test]
-    fn a_group_that_lags_too_far_behind_gets_nothing_new_until_it_catches_up() {
-        let many = Extent { id: 1, next: 10 * WINDOW, ..Extent::NONE };
-        let topic = Topics::new(1).get_at(&Topic::parse("t").unwrap(), many);
-        let group = Group::new(topic, "g".into(), Cursor::new(1));
-        let Ok((seat, ..)) = group.sit(GroupMode::Shared, 1000) else { panic!("a seat") };
-        assert!(matches!(group.step().todo(), Some(Todo::Onward(1, messages)) if messages == STEP as u64));
-        // All were handed out up to here, and all but the first are done.
-        let (era, mut cursor) = group.cursor();
-        group.deal(era, Vec::new(), Some(1 + WINDOW));
-        (2..=WINDOW).for_each(|seq| cursor.add(seq));
-        assert!(cursor.row(1, "g").len() < 16 << 10, "the row stays small");
-        group.acknowledged(cursor.clone(), &[]);
-        assert!(matches!(group.step().todo(), Some(Todo::Wait(None))));
-        cursor.add(1);
-        group.acknowledged(cursor, &[1]);
-        assert!(matches!(group.step().todo(), Some(Todo::Onward(from, _)) if from == 1 + WINDOW));
-        group.leave(seat);
-        assert!(matches!(group.step(), Step::End));
+    fn what_was_read_before_a_seek_is_not_handed_out_after_it() {
+        let some = Extent { id: 1, next: 10, ..Extent::NONE };
+        let topic = Topics::new(1).get_at(&Topic::parse("t").unwrap(), some);
+        let group = Group::new(topic.clone(), "g".into(), Cursor::new(1));
+        let Ok((seat, ..)) = group.sit(GroupMode::Failover, 100) else { panic!("a seat") };
+        let Step::Do(before, Todo::Onward(1, _)) = group.step() else { panic!("there is something to read") };
+        group.sought(Cursor::new(5));
+        let item = |seq| Item { seqs: seq..=seq, found: Ok(topic.envelope(seq, Draft::default().accept())) };
+        group.deal(before, vec![item(1), item(7)], Some(10));
+        group.removed(before, &[5]);
+        assert!(group.collect(seat).unwrap().is_empty());
+        let Step::Do(now, Todo::Onward(5, _)) = group.step() else { panic!("it goes on from there") };
+        group.deal(now, vec![item(5)], Some(6));
+        assert_eq!(group.collect(seat).unwrap().len(), 1);
     }
 }

@@ -158,19 +158,29 @@ pub struct Picked {
     pub removed: Vec<u64>,
 }
 
-/// These records, or the first of them where they are large.
+/// These records, or the first of them where they are large: from one snapshot, unless some page among them is damaged.
 pub fn read_some(store: &Store, log: &TopicLog, seqs: &[u64], last_try: bool) -> Result<Picked, Failure> {
+    match store.read(|snapshot| pick(seqs, |seq| read_snapshot(snapshot, log, seq, 1))) {
+        Err(failure) if failure.kind == FailureKind::Damage => {
+            pick(seqs, |seq| read_batch(store, log, seq, 1, last_try))
+        }
+        picked => picked,
+    }
+}
+
+fn pick(seqs: &[u64], read: impl Fn(u64) -> Result<Batch, Failure>) -> Result<Picked, Failure> {
     let mut picked = Picked::default();
     let mut bytes = 0;
     for seq in seqs {
-        let mut batch = read_batch(store, log, *seq, 1, last_try)?;
+        let batch = read(*seq)?;
         if batch.skipped {
             picked.removed.push(*seq);
             continue;
         }
-        picked.items.extend(batch.items.drain(..).take(1));
-        bytes +=
-            picked.items.last().and_then(|item| item.found.as_ref().ok()).map_or(0, |found| found.weight());
+        for item in batch.items.into_iter().take(1) {
+            bytes += item.found.as_ref().map_or(0, |envelope| envelope.weight());
+            picked.items.push(item);
+        }
         if bytes > BATCH_BYTES {
             break;
         }

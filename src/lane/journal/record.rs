@@ -101,7 +101,7 @@ pub fn decode(body: &[u8]) -> Result<Message, Damaged> {
     Ok(Message { id, ts, payload: Bytes::copy_from_slice(rest.0), key, headers, event_time, deliver_at })
 }
 
-fn put_length(body: &mut Vec<u8>, mut length: usize) {
+pub fn put_length(body: &mut Vec<u8>, mut length: usize) {
     while length >= 0x80 {
         body.push(length as u8 | 0x80);
         length >>= 7;
@@ -144,7 +144,7 @@ impl<'a> Fields<'a> {
         self.array::<1>().map(|[byte]| byte)
     }
 
-    fn length(&mut self) -> Result<usize, Damaged> {
+    pub fn length(&mut self) -> Result<usize, Damaged> {
         let mut length = 0u64;
         for shift in [0, 7, 14, 21, 28, 35] {
             let byte = self.byte()?;

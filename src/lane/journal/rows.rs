@@ -8,11 +8,11 @@
 //! log       "head", "commits"      → format and epoch; the number of the newest commit
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use redb::TableDefinition;
 
-use super::record::{Damaged, Fields, seal, unseal};
+use super::record::{Damaged, Fields, put_length, seal, unseal};
 
 type Table<K> = TableDefinition<'static, K, &'static [u8]>;
 
@@ -85,16 +85,20 @@ impl Extent {
     }
 }
 
-/// What a group has acknowledged: everything before `floor`, and what is in `done` above it.
+/// What a group has acknowledged: everything before `floor`, and what is in `done` above it. It is kept in stretches,
+/// so that one message that stays behind costs a few bytes, however far the others get.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cursor {
     floor: u64,
-    done: BTreeSet<u64>,
+    /// From the first of a stretch to behind its last. Between any two something is missing, and below the first.
+    done: BTreeMap<u64, u64>,
+    /// How many those are.
+    above: u64,
 }
 
 impl Cursor {
     pub fn new(floor: u64) -> Self {
-        Self { floor, done: BTreeSet::new() }
+        Self { floor, done: BTreeMap::new(), above: 0 }
     }
 
     pub fn floor(&self) -> u64 {
@@ -102,55 +106,70 @@ impl Cursor {
     }
 
     pub fn has(&self, seq: u64) -> bool {
-        seq < self.floor || self.done.contains(&seq)
+        self.has_all(seq, seq + 1)
+    }
+
+    fn has_all(&self, from: u64, end: u64) -> bool {
+        let from = from.max(self.floor);
+        from >= end || self.done.range(..=from).next_back().is_some_and(|(_, done)| end <= *done)
     }
 
     /// How many are acknowledged above the floor.
     pub fn above(&self) -> u64 {
-        self.done.len() as u64
+        self.above
     }
 
     /// Whether it has everything that the other has.
     pub fn covers(&self, other: &Cursor) -> bool {
-        self.floor >= other.floor && other.done.iter().all(|seq| self.has(*seq))
+        self.floor >= other.floor && other.done.iter().all(|(from, end)| self.has_all(*from, *end))
     }
 
     pub fn add(&mut self, seq: u64) {
-        if seq >= self.floor {
-            self.done.insert(seq);
-            self.close_up();
+        if self.has(seq) {
+            return;
         }
+        let end = self.done.remove(&(seq + 1)).unwrap_or(seq + 1);
+        match self.done.range_mut(..seq).next_back().filter(|(_, done)| **done == seq) {
+            Some((_, done)) => *done = end,
+            None => drop(self.done.insert(seq, end)),
+        }
+        self.above += 1;
+        self.close_up();
     }
 
     /// Everything before `first` is gone, acknowledged or not.
     pub fn rise_to(&mut self, first: u64) {
-        if first > self.floor {
-            self.floor = first;
-            self.done = self.done.split_off(&first);
-            self.close_up();
+        if first <= self.floor {
+            return;
         }
+        self.floor = first;
+        while let Some(stretch) = self.done.first_entry().filter(|stretch| *stretch.key() < first) {
+            let (from, end) = stretch.remove_entry();
+            self.above -= end.min(first) - from;
+            if end > first {
+                self.done.insert(first, end);
+            }
+        }
+        self.close_up();
     }
 
     fn close_up(&mut self) {
-        while self.done.remove(&self.floor) {
-            self.floor += 1;
+        if let Some(end) = self.done.remove(&self.floor) {
+            self.above -= end - self.floor;
+            self.floor = end;
         }
     }
 
-    /// The floor, then a bit for each message above it. Dispatch stops when the floor lags too far, which bounds the
-    /// row at a few kilobytes.
+    /// The floor, then for each stretch how many are missing before it and how long it is.
     pub fn row(&self, topic_id: u32, group: &str) -> Vec<u8> {
         let mut row = Vec::new();
         seal(&mut row, &group_key(topic_id, group), |body| {
             body.extend_from_slice(&self.floor.to_le_bytes());
-            let bits = body.len();
-            for seq in &self.done {
-                let above = seq - self.floor;
-                let byte = bits + (above / 8) as usize;
-                if body.len() <= byte {
-                    body.resize(byte + 1, 0);
-                }
-                body[byte] |= 1 << (above % 8);
+            let mut reached = self.floor;
+            for (from, end) in &self.done {
+                put_length(body, (from - reached) as usize);
+                put_length(body, (end - from) as usize);
+                reached = *end;
             }
         });
         row
@@ -158,15 +177,37 @@ impl Cursor {
 
     pub fn read(topic_id: u32, group: &str, row: &[u8]) -> Result<Self, Damaged> {
         let mut body = Fields(unseal(&group_key(topic_id, group), row)?);
+        let mut cursor = Self::new(body.u64()?);
+        let mut reached = cursor.floor;
+        while !body.0.is_empty() {
+            let (missing, long) = (body.length()? as u64, body.length()? as u64);
+            if missing == 0 || long == 0 {
+                return Err(Damaged);
+            }
+            let from = reached.checked_add(missing).ok_or(Damaged)?;
+            reached = from.checked_add(long).ok_or(Damaged)?;
+            cursor.done.insert(from, reached);
+            cursor.above += long;
+        }
+        Ok(cursor)
+    }
+
+    /// As format 1 of the log wrote it: the floor, then a bit for each message above it.
+    pub fn read_bits(topic_id: u32, group: &str, row: &[u8]) -> Result<Self, Damaged> {
+        let mut body = Fields(unseal(&group_key(topic_id, group), row)?);
         let floor = body.u64()?;
-        let bits = body.0.iter().enumerate().flat_map(|(at, byte)| {
-            (0..8).filter(move |bit| byte & (1 << bit) != 0).map(move |bit| at as u64 * 8 + bit)
-        });
-        Ok(Self { floor, done: bits.filter_map(|above| floor.checked_add(above)).collect() })
+        let mut cursor = Self::new(floor);
+        for (at, byte) in body.0.iter().enumerate() {
+            for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
+                cursor.add(floor.checked_add(at as u64 * 8 + bit).ok_or(Damaged)?);
+            }
+        }
+        Ok(cursor)
     }
 }
 
-fn group_key(topic_id: u32, group: &str) -> Vec<u8> {
+/// What identifies a group's row to its checksum.
+pub fn group_key(topic_id: u32, group: &str) -> Vec<u8> {
     [&topic_id.to_le_bytes()[..], group.as_bytes()].concat()
 }
 
@@ -227,6 +268,13 @@ mod tests {
             for seq in 5..300 {
                 prop_assert_eq!(raised.has(seq), seq < 100 || acked.contains(&seq));
             }
+            for cursor in [&cursor, &raised] {
+                let above = (cursor.floor()..300).filter(|seq| cursor.has(*seq)).count();
+                prop_assert_eq!(cursor.above(), above as u64);
+                prop_assert_eq!(Cursor::read(7, "g", &cursor.row(7, "g")), Ok(cursor.clone()));
+            }
+            prop_assert!(raised.covers(&cursor) && cursor.covers(&Cursor::new(5)));
+            prop_assert_eq!(cursor.covers(&raised), cursor == raised);
         }
 
         #[test]
@@ -235,9 +283,19 @@ mod tests {
             let mut sealed = Vec::new();
             seal(&mut sealed, &group_key(1, "g"), |body| body.extend_from_slice(&garbage));
             let _ = Cursor::read(1, "g", &sealed);
+            let _ = Cursor::read_bits(1, "g", &sealed);
             let _ = read_time(1, 1, &garbage);
             let _ = read_log::<2>("head", &garbage);
         }
+    }
+
+    #[test]
+    fn one_message_that_stays_behind_costs_a_cursor_little() {
+        let mut cursor = Cursor::new(1);
+        (2..1_000_000).for_each(|seq| cursor.add(seq));
+        assert!(cursor.row(1, "g").len() < 32);
+        cursor.add(1);
+        assert_eq!(cursor, Cursor::new(1_000_000));
     }
 
     #[test]

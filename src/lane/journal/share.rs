@@ -1,9 +1,8 @@
 //! How a group shares its messages out: which wait, who holds which, and who gets which next.
 //!
 //! ```text
-//!          floor                     next
-//! ───done────┤ done held ready held …  ├── never read ──▶
-//!            └──── at most WINDOW ─────┘
+//!          floor                       next
+//! ───done────┤ held done ready held done …  ├── never read ──▶
 //!
 //! exclusive, failover   ready ──in order──▶ the first seat
 //! shared                ready ──in turn───▶ any seat with room
@@ -11,7 +10,8 @@
 //!                       key ──rendezvous hash──▶ seat, and while another seat still holds some of the key, nobody
 //! ```
 //! Of a message that waits, only its number and the hash of its key are kept, so looking ahead past a member that is
-//! full is cheap: it goes as far as the window does. What is looked at is read again when it is handed out.
+//! full, or a message that is delayed, is cheap: it goes as far as `OPEN_MAX`. What was looked at is read again when
+//! it is handed out.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -25,15 +25,16 @@ use super::rows::Cursor;
 use crate::lane::contract::{Handed, LaneError};
 use crate::message::{GroupMode, Message, Timestamp};
 
-/// How far the newest message read may be ahead of the oldest that is not acknowledged. It bounds what a group
-/// remembers; behind one stuck message, dispatch stops there.
-pub const WINDOW: u64 = 100_000;
+/// How many messages may be read and not acknowledged: held, delayed, rejected, or waiting for a member that is full.
+/// It bounds what a group remembers (100 bytes each, or so) and writes; dispatch stops there. What is acknowledged
+/// costs nothing, so one that is stuck or delayed for long stops nobody.
+const OPEN_MAX: usize = 100_000;
 /// What may wait in one member's queue, in bytes; a larger message is admitted alone.
 const QUEUE_BYTES: usize = 1 << 20;
 /// What a record that cannot be read counts there.
 const ERROR_BYTES: usize = 256;
 /// What one step of the dispatch reads.
-pub const STEP: usize = 256;
+const STEP: usize = 256;
 /// What it reads at least of a key_shared topic, where what it reads may be for a member without room.
 const LOOK_AHEAD: usize = 64;
 /// The longest a rejected message is kept back.
@@ -299,9 +300,9 @@ impl Share {
             again.sort_unstable();
             return Todo::Again(again);
         }
-        let room = (self.cursor.floor() + WINDOW).saturating_sub(self.next);
+        let room = OPEN_MAX.saturating_sub(self.open.len());
         let step = if self.mode == GroupMode::KeyShared { credit.max(LOOK_AHEAD) } else { credit };
-        let onward = room.min(step.min(STEP) as u64);
+        let onward = room.min(step).min(STEP) as u64;
         if onward > 0 && self.next < end { Todo::Onward(self.next, onward) } else { wait }
     }
 
@@ -479,4 +480,131 @@ impl Share {
 /// Whom a key belongs to: only the keys of a member that leaves move, and only to a new one (rendezvous hashing).
 fn owner(seats: &[Seat], key: u64) -> u64 {
     seats.iter().map(|seat| seat.number).max_by_key(|number| hash((key, number))).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lane::contract::Tag;
+    use crate::message::{Draft, Envelope, Place, Position, Stored};
+    use crate::topic::Topic;
+
+    fn handed(seq: u64, draft: Draft) -> Handed {
+        let place = Place { ledger: 1, entry: seq, index: 0 };
+        let stored = Stored { partition: 0, place, position: Position::Whole(place) };
+        let envelope = Arc::new(Envelope::durable(Topic::parse("t").unwrap(), draft.accept(), stored));
+        Handed { envelope, attempt: 0, tag: Tag { partition: 0, place } }
+    }
+
+    fn keyed(key: u64) -> Draft {
+        Draft { key: Some(key.to_string()), ..Draft::default() }
+    }
+
+    /// Reads on as far as it is wanted, and hands out what can be.
+    fn read_all(share: &mut Share, draft: impl Fn(u64) -> Draft) {
+        while let Todo::Onward(from, messages) = share.todo(u64::MAX) {
+            (from..from + messages).for_each(|seq| share.offer(seq, handed(seq, draft(seq))));
+            share.read_until(from + messages);
+        }
+    }
+
+    fn took(share: &mut Share, seat: u64) -> Vec<u64> {
+        let (collected, _) = share.collect(seat);
+        collected.into_iter().map(|handed| handed.unwrap().tag.place.entry).collect()
+    }
+
+    fn ack(share: &mut Share, seqs: &[u64]) {
+        let mut cursor = share.cursor.clone();
+        seqs.iter().for_each(|seq| cursor.add(*seq));
+        share.acknowledged(cursor, seqs);
+    }
+
+    #[test]
+    fn a_group_reads_so_far_ahead_and_no_further() {
+        let mut share = Share::new(Cursor::new(1));
+        let (seat, _) = share.sit(GroupMode::Shared, 1000);
+        let hour = Some(Duration::from_secs(3600));
+        // All are delayed but the first.
+        let draft = |seq| Draft { delay: hour.filter(|_| seq > 1), ..Draft::default() };
+        read_all(&mut share, draft);
+        assert_eq!((share.open.len(), share.next), (OPEN_MAX, 1 + OPEN_MAX as u64));
+        assert_eq!(took(&mut share, seat), [1]);
+        ack(&mut share, &[1]);
+        assert!(matches!(share.todo(u64::MAX), Todo::Onward(from, 1) if from == 1 + OPEN_MAX as u64));
+    }
+
+    #[test]
+    fn one_stuck_message_stops_nobody() {
+        let mut share = Share::new(Cursor::new(1));
+        let (seat, _) = share.sit(GroupMode::Shared, 1000);
+        for _ in 0..3 * OPEN_MAX / 900 {
+            let Todo::Onward(from, messages) = share.todo(u64::MAX) else { panic!("it goes on") };
+            (from..from + messages).for_each(|seq| share.offer(seq, handed(seq, Draft::default())));
+            share.read_until(from + messages);
+            let mut done = took(&mut share, seat);
+            done.retain(|seq| *seq != 1);
+            ack(&mut share, &done);
+        }
+        assert_eq!((share.cursor.floor(), share.open.len()), (1, 1));
+    }
+
+    /// Everything that is done for one message takes about as long behind a hundred thousand as behind none.
+    #[test]
+    fn a_full_window_is_not_walked_for_each_message() {
+        let mut share = Share::new(Cursor::new(1));
+        let (full, _) = share.sit(GroupMode::KeyShared, 1);
+        let (free, _) = share.sit(GroupMode::KeyShared, 1);
+        let belongs = |share: &Share, key: u64| owner(&share.seats, hash(key.to_string()));
+        let of_full: Vec<u64> = (0..100).filter(|key| belongs(&share, *key) == full).collect();
+        let of_free = (0..100).find(|key| belongs(&share, *key) == free).unwrap();
+        read_all(&mut share, |seq| keyed(of_full[seq as usize % of_full.len()]));
+        assert_eq!(share.open.len(), OPEN_MAX);
+        assert_eq!(took(&mut share, full).len(), 1);
+        let began = Instant::now();
+        let next = share.next;
+        for seq in next..next + 2000 {
+            share.offer(seq, handed(seq, keyed(of_free)));
+            assert_eq!(took(&mut share, free), [seq]);
+            share.reject(free, &[seq], Duration::ZERO);
+            share.offer(seq, handed(seq, keyed(of_free)));
+            assert_eq!(took(&mut share, free), [seq]);
+            share.todo(0);
+            ack(&mut share, &[seq]);
+        }
+        // A walk takes a millisecond or more, five of them for each; debug builds are slower still.
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn a_key_moves_when_its_old_member_holds_none_of_it() {
+        let mut share = Share::new(Cursor::new(1));
+        let (old, _) = share.sit(GroupMode::KeyShared, 1000);
+        (1..=100).for_each(|seq| share.offer(seq, handed(seq, keyed(seq % 20))));
+        share.read_until(101);
+        let held = took(&mut share, old);
+        assert_eq!(held.len(), 100);
+        let (new, _) = share.sit(GroupMode::KeyShared, 1000);
+        let moves = |share: &Share, seq: u64| owner(&share.seats, hash((seq % 20).to_string())) == new;
+        assert!(held.iter().any(|seq| moves(&share, *seq)) && !held.iter().all(|seq| moves(&share, *seq)));
+        (101..=200).for_each(|seq| share.offer(seq, handed(seq, keyed(seq % 20))));
+        share.read_until(201);
+        assert!(took(&mut share, new).is_empty(), "the old one holds some of every key");
+        assert!(
+            took(&mut share, old).iter().all(|seq| !moves(&share, *seq)),
+            "it gets no more of what moves"
+        );
+
+        // Half by acknowledging, half by giving back, which comes first then.
+        let (acked, back): (Vec<u64>, Vec<u64>) = (1..=100).partition(|seq| seq % 40 < 20);
+        ack(&mut share, &acked);
+        share.reject(old, &back, Duration::ZERO);
+        let Todo::Again(again) = share.todo(201) else { panic!("there is more to hand out") };
+        again.iter().for_each(|seq| share.offer(*seq, handed(*seq, keyed(seq % 20))));
+        let news = took(&mut share, new);
+        let expected = (1..=200).filter(|seq| moves(&share, *seq) && !acked.contains(seq));
+        assert_eq!(news, expected.collect::<Vec<_>>());
+        share.leave(new);
+        share.leave(old);
+        assert!(share.keys.values().all(|key| key.held == 0));
+    }
 }

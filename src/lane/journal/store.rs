@@ -10,11 +10,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 
-use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, WriteTransaction};
-use tracing::error;
+use redb::{Database, DatabaseError, ReadTransaction, ReadableDatabase, ReadableTable, WriteTransaction};
+use tracing::{error, info};
 
 use super::record::Damaged;
-use super::rows::{GROUPS, LOG, RECORDS, TIMES, TOPICS, log_row, read_log};
+use super::rows::{Cursor, GROUPS, LOG, RECORDS, TIMES, TOPICS, log_row, read_log};
 use crate::message::Timestamp;
 
 pub const FILE: &str = "journal.redb";
@@ -22,7 +22,9 @@ pub const FILE: &str = "journal.redb";
 const NEW_FILE: &str = "journal.redb.new";
 /// Locked while the log is open. The database's own lock is given up while it is reopened.
 const LOCK_FILE: &str = "journal.lock";
-const FORMAT: u64 = 1;
+/// 2: messages have a `deliver_at`, and cursors are stretches. A log of format 1 becomes one of format 2 when it is
+/// opened, so that an older twinspan refuses it and does not take what it cannot read for damage.
+const FORMAT: u64 = 2;
 /// redb takes a GiB unless told otherwise. Followers are served from memory anyway; this is for replays.
 const CACHE_BYTES: usize = 64 << 20;
 
@@ -301,12 +303,38 @@ fn check(file: &Path, db: &Database) -> Result<u64, JournalError> {
     });
     match head.map_err(|failure| JournalError::from(file, failure))? {
         Some([format, _]) if format > FORMAT => Err(JournalError::Newer { file: file.into(), format }),
-        Some([_, epoch]) => Ok(epoch),
+        Some([format, epoch]) => {
+            if format < FORMAT {
+                guarded(|| upgrade(db, epoch)).map_err(|failure| JournalError::from(file, failure))?;
+            }
+            Ok(epoch)
+        }
         None => {
             let what = "it is a database of somebody else's, or its tables are gone".into();
             Err(JournalError::NotOurs { file: file.into(), what })
         }
     }
+}
+
+/// From format 1, all at once.
+fn upgrade(db: &Database, epoch: u64) -> Result<(), Failure> {
+    let mut transaction = db.begin_write()?;
+    transaction.set_quick_repair(true);
+    let mut groups = transaction.open_table(GROUPS)?;
+    let mut cursors = Vec::new();
+    for entry in groups.iter()? {
+        let (key, row) = entry?;
+        let (id, name) = key.value();
+        cursors.push((id, name.to_owned(), Cursor::read_bits(id, name, row.value())?));
+    }
+    for (id, name, cursor) in cursors {
+        groups.insert((id, name.as_str()), &*cursor.row(id, &name))?;
+    }
+    drop(groups);
+    transaction.open_table(LOG)?.insert("head", &*log_row("head", &[FORMAT, epoch]))?;
+    transaction.commit()?;
+    info!("The log was brought to format {FORMAT}.");
+    Ok(())
 }
 
 fn begin(db: &Database) -> Result<(), Failure> {
@@ -323,4 +351,58 @@ fn begin(db: &Database) -> Result<(), Failure> {
     drop(log);
     transaction.commit()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lane::journal::record::{decode, record_key, seal, unseal};
+    use crate::lane::journal::rows::group_key;
+
+    #[test]
+    fn a_log_of_the_first_format_opens_and_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join(FILE);
+        let db = open_file(&file).unwrap();
+        begin(&db).unwrap();
+        let transaction = db.begin_write().unwrap();
+        let old = log_row("head", &[1, 77]);
+        transaction.open_table(LOG).unwrap().insert("head", &*old).unwrap();
+        // A record as format 1 wrote them: an id, a key, one header. A group that has 1 and 2, and 4.
+        let mut row = Vec::new();
+        seal(&mut row, &record_key(1, 1), |body| {
+            body.extend_from_slice(&[1, 1 | 4]);
+            body.extend_from_slice(&5i64.to_le_bytes());
+            body.extend_from_slice(&[9; 16]);
+            body.extend_from_slice(b"\x01k\x01\x01a\x01bhello");
+        });
+        transaction.open_table(RECORDS).unwrap().insert((1, 1), &*row).unwrap();
+        seal(&mut row, &group_key(1, "g"), |body| {
+            body.extend_from_slice(&3u64.to_le_bytes());
+            body.push(0b10);
+        });
+        transaction.open_table(GROUPS).unwrap().insert((1, "g"), &*row).unwrap();
+        transaction.commit().unwrap();
+        drop(db);
+
+        for _ in 0..2 {
+            let store = Store::open(dir.path(), Box::new(open_file)).unwrap();
+            assert_eq!(store.epoch(), 77);
+            let (head, message, cursor) = store
+                .read(|snapshot| {
+                    let head = read_log("head", snapshot.open_table(LOG)?.get("head")?.unwrap().value())?;
+                    let records = snapshot.open_table(RECORDS)?;
+                    let message = decode(unseal(&record_key(1, 1), records.get((1, 1))?.unwrap().value())?)?;
+                    let groups = snapshot.open_table(GROUPS)?;
+                    let cursor = Cursor::read(1, "g", groups.get((1, "g"))?.unwrap().value())?;
+                    Ok((head, message, cursor))
+                })
+                .unwrap();
+            assert_eq!(head, [FORMAT, 77]);
+            assert_eq!((&*message.payload, message.key.as_deref()), (&b"hello"[..], Some("k")));
+            assert_eq!(message.deliver_at, None);
+            assert_eq!([1, 2, 3, 4, 5].map(|seq| cursor.has(seq)), [true, true, false, true, false]);
+            store.close();
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reqwest::{Certificate, Client, Method, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{Certificate, Client, Identity, Method, RequestBuilder, Response, StatusCode, Url};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -60,6 +60,9 @@ impl Admin {
         if let Some(pem) = &credentials.roots {
             let roots = Certificate::from_pem_bundle(pem).map_err(|error| unusable(&error))?;
             builder = roots.into_iter().fold(builder, |builder, root| builder.add_root_certificate(root));
+        }
+        if let Some(pem) = &credentials.identity {
+            builder = builder.identity(Identity::from_pem(pem).map_err(|error| unusable(&error))?);
         }
         let client = builder.build().map_err(|error| unusable(&error))?;
         Ok(Self { base, client, credentials })

@@ -24,7 +24,7 @@ use super::batch::{Stored, Ticket};
 use super::cluster::Cluster;
 use super::fault::Fault;
 use super::names::{self, Physical};
-use super::producer::{Common, Producer};
+use super::producer::{Common, Options, Producer};
 use super::record;
 use super::room::Room;
 use crate::lane::contract::{LaneError, LaneState, Publisher};
@@ -125,15 +125,18 @@ impl Producers {
     ) -> Result<(Arc<Producer>, Option<u32>), LaneError> {
         let physical = Physical::of(route, topic)?;
         let partitions = self.common.cluster.partitions(&physical).await.map_err(Fault::on_lane)?;
+        let options = Options { compression: route.compression, schema: route.pulsar_schema };
         if partitions > 0 {
             let partition = match &message.key {
                 Some(key) => names::partition_of(key, partitions),
                 None => (publisher.0.wrapping_add(self.keyless) % u64::from(partitions)) as u32,
             };
             let producer = self.line(&physical.partition(partition), false).await;
+            producer.set(options);
             return Ok((producer, Some(partition)));
         }
         let producer = self.line(&physical, false).await;
+        producer.set(options);
         let way = Way { route: route.clone(), producer: producer.clone(), found: now };
         let mut ways = self.ways.write().unwrap_or_else(PoisonError::into_inner);
         if ways.len() >= WAYS_MAX {

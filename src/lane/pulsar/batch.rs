@@ -19,6 +19,7 @@ use super::frame;
 use super::record::{self, Stamp};
 use crate::lane::contract::LaneError;
 use crate::message::{Message, Place, Timestamp};
+use crate::policy::table::Compression;
 
 /// The broker hands a batch to one member of a group as a whole, so a large one leaves the others without work.
 const BATCH_MESSAGES_MAX: usize = 100;
@@ -238,7 +239,14 @@ impl Batch {
                 (metadata, Bytes::from(self.body).slice(self.begin..), true)
             }
         };
+        let (compression, uncompressed_size, body) = match record::fold(&body, seal.compression) {
+            Some((folded, kind)) => (Some(kind as i32), Some(body.len() as u32), folded.into()),
+            None => (None, None, body),
+        };
         let metadata = MessageMetadata {
+            compression,
+            uncompressed_size,
+            schema_version: seal.schema_version.map(<[u8]>::to_vec),
             producer_name: seal.producer_name.into(),
             sequence_id: sequence,
             publish_time: seal.now.as_millis().max(0) as u64,
@@ -267,6 +275,7 @@ impl Batch {
             answered: 0,
             freed: Freed::default(),
             resent: false,
+            published: seal.now,
         }
     }
 }
@@ -275,6 +284,9 @@ impl Batch {
 pub struct Seal<'a> {
     pub producer_id: u64,
     pub producer_name: &'a str,
+    pub compression: Compression,
+    /// Of the schema that the producer was made with.
+    pub schema_version: Option<&'a [u8]>,
     pub now: Timestamp,
 }
 
@@ -284,6 +296,7 @@ pub struct Sealed {
     pub frame: [Bytes; 2],
     pub sequence: u64,
     pub highest: u64,
+    pub published: Timestamp,
     tickets: VecDeque<(Ticket, u32)>,
     /// How many were answered already, because their time was over.
     answered: u32,
@@ -293,6 +306,11 @@ pub struct Sealed {
 }
 
 impl Sealed {
+    /// When whoever waits first has waited long enough.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.tickets.front().map(|(ticket, _)| ticket.deadline)
+    }
+
     /// Nobody waits for it any more.
     pub fn is_answered(&self) -> bool {
         self.tickets.is_empty()
@@ -359,7 +377,13 @@ mod tests {
 
         /// The next entry, and what is in it.
         fn take(&mut self) -> Option<(Sealed, String)> {
-            let seal = Seal { producer_id: 1, producer_name: "p", now: Timestamp::now() };
+            let seal = Seal {
+                producer_id: 1,
+                producer_name: "p",
+                compression: Compression::None,
+                schema_version: None,
+                now: Timestamp::now(),
+            };
             let sealed = self.queue.take(&seal, self.sequence)?;
             assert_eq!(sealed.sequence, self.sequence);
             self.sequence = sealed.highest + 1;

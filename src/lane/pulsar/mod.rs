@@ -41,6 +41,7 @@ mod credentials;
 mod examine;
 mod fault;
 mod feed;
+mod find;
 mod follow;
 mod frame;
 mod group;
@@ -100,12 +101,6 @@ impl PulsarLane {
         let services = services.filter(|services| !services.is_empty()).ok_or_else(|| {
             Unusable("lanes.durable.url must be one or more pulsar:// or pulsar+ssl:// URLs".into())
         })?;
-        if settings.tls.as_ref().is_some_and(|tls| tls.cert.is_some() || tls.key.is_some()) {
-            return Err(Unusable(
-                "lanes.durable.tls.cert and key are not supported: the Pulsar client has no client certificates"
-                    .into(),
-            ));
-        }
         let credentials = Credentials::read(settings).map_err(Unusable)?;
         let admin = Admin::new(&settings.admin_url, credentials.clone()).map_err(Unusable)?;
 

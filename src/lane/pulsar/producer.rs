@@ -15,9 +15,11 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use pulsar::proto::{CommandProducer, CommandSendError, CommandSendReceipt, MessageIdData};
+use pulsar::proto::{
+    CommandProducer, CommandSendError, CommandSendReceipt, MessageIdData, Schema, ServerError, schema,
+};
 use tokio::runtime::Handle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -25,11 +27,13 @@ use super::batch::{Freed, Queue, Seal, Sealed, Ticket};
 use super::cluster::Cluster;
 use super::fault::Fault;
 use super::feed::{self, Backoff};
+use super::find::{Since, find};
 use super::names::Physical;
 use super::room::Room;
 use super::session::{Outlet, Pieces, Session};
 use crate::lane::contract::LaneError;
-use crate::message::{Message, Timestamp};
+use crate::message::{Message, Place, Timestamp};
+use crate::policy::table::{Compression, PulsarSchema};
 
 /// Entries without a receipt, so that batches grow meanwhile: fewer leave the wire idle, more make the batches small.
 const IN_FLIGHT: usize = 8;
@@ -58,7 +62,15 @@ pub struct Common {
     pub stop: CancellationToken,
 }
 
+/// What a route says of its producers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    pub compression: Compression,
+    pub schema: PulsarSchema,
+}
+
 struct State {
+    options: Options,
     queue: Queue,
     /// In the order of their numbers, which is the order in which they are stored.
     in_flight: VecDeque<Sealed>,
@@ -71,7 +83,13 @@ struct State {
     marked: bool,
     epoch: u64,
     name: Option<String>,
+    schema_version: Option<Vec<u8>>,
     next: u64,
+    /// Where the last entry of which that is known is stored.
+    last: Option<Place>,
+    /// Entries that the broker had already, until their place is found. A task looks for them, if there are any.
+    unplaced: Vec<Unplaced>,
+    finding: bool,
     /// Begins anew with a receipt, not with a connection: what kills a connection would else do so without a pause.
     backoff: Backoff,
     /// An attempt was made since the last receipt.
@@ -82,6 +100,14 @@ struct State {
     closed: bool,
 }
 
+struct Unplaced {
+    sealed: Sealed,
+    /// The producer's name then.
+    producer: String,
+    /// It stands behind this.
+    since: Since,
+}
+
 struct Attached {
     session: Arc<Session>,
     epoch: u64,
@@ -90,6 +116,7 @@ struct Attached {
 impl Producer {
     pub fn new(id: u64, physical: Physical, is_canary: bool, room: Room, common: Arc<Common>) -> Arc<Self> {
         let state = State {
+            options: Options::default(),
             queue: Queue::new(common.cluster.message_bytes_max()),
             in_flight: VecDeque::with_capacity(IN_FLIGHT),
             sent: 0,
@@ -98,7 +125,11 @@ impl Producer {
             marked: false,
             epoch: 0,
             name: None,
+            schema_version: None,
             next: 0,
+            last: None,
+            unplaced: Vec::new(),
+            finding: false,
             backoff: Backoff::between(BACKOFF),
             tried: false,
             fault: None,
@@ -106,6 +137,15 @@ impl Producer {
             closed: false,
         };
         Arc::new(Self { id, physical, is_canary, room, common, state: Mutex::new(state) })
+    }
+
+    /// From now on. What is attached with another schema is attached anew.
+    pub fn set(self: &Arc<Self>, options: Options) {
+        let mut state = self.state();
+        let was = std::mem::replace(&mut state.options, options);
+        if was.schema != options.schema {
+            self.let_go(&mut state);
+        }
     }
 
     /// Puts a message in the line. One that is closed hands it back.
@@ -167,6 +207,8 @@ impl Producer {
 
     async fn try_to_attach(self: &Arc<Self>) -> Result<(), Fault> {
         let session = self.common.cluster.owner(&self.physical).await?;
+        let asked = self.state().options.schema;
+        let schema = self.schema(&session, asked).await?;
         let (epoch, name) = {
             let mut state = self.state();
             state.epoch += 1;
@@ -181,30 +223,98 @@ impl Producer {
             topic: self.physical.as_str().into(),
             producer_id: self.id,
             producer_name: name,
+            schema,
             epoch: Some(epoch),
             user_provided_producer_name: Some(false),
             ..Default::default()
         };
+        let has_schema = command.schema.is_some();
         let success = session.produce(self.clone(), command).await?;
         {
             let mut state = self.state();
             state.name = Some(success.producer_name);
+            state.schema_version = success.schema_version.filter(|_| has_schema);
+            // Where the namespace de-duplicates: a number that it has seen would be dropped and called stored.
+            let seen = success.last_sequence_id.and_then(|last| u64::try_from(last).ok());
+            state.next = state.next.max(seen.map_or(0, |last| last + 1));
             state.attached = Some(Attached { session: session.clone(), epoch });
             state.attaching = false;
             state.sent = 0;
             if let Some(fault) = state.fault.take() {
                 debug!(topic = %self.physical, %fault, "A durable topic can be published to again.");
             }
-            if state.closed {
-                session.end_producer(self.id, epoch);
+            // While it was made, the line may have been closed, or its route may have come to ask for another schema.
+            match state.closed || state.options.schema != asked {
+                true => self.let_go(&mut state),
+                false => self.go_on(&mut state),
             }
-            self.go_on(&mut state);
         }
         // It may have been closed before anybody here knew that it was open.
         if !session.has_producer(self.id, epoch) {
             self.clone().detached(epoch);
         }
         Ok(())
+    }
+
+    async fn schema(&self, session: &Session, asked: PulsarSchema) -> Result<Option<Schema>, Fault> {
+        match asked {
+            PulsarSchema::Bytes => Ok(None),
+            PulsarSchema::String => {
+                let kind = schema::Type::String as i32;
+                Ok(Some(Schema { name: "String".into(), r#type: kind, ..Default::default() }))
+            }
+            // One made up here would say nothing of the fields, and would keep out those that do.
+            PulsarSchema::Json => match session.schema(self.physical.as_str()).await? {
+                Some(found) if found.r#type() != schema::Type::Json => {
+                    let kind = found.r#type().as_str_name();
+                    let text =
+                        format!("the topic's schema is {kind}, and its route says pulsar_schema = \"json\"");
+                    Err(Fault::refused(ServerError::IncompatibleSchema as i32, text))
+                }
+                found => Ok(found),
+            },
+        }
+    }
+
+    /// Finds where the entries are that the broker had already, and confirms them.
+    async fn find(self: Arc<Self>) {
+        loop {
+            let mut wanted = std::mem::take(&mut self.state().unplaced);
+            let Some(Unplaced { producer, since, .. }) = wanted.first() else {
+                let mut state = self.state();
+                // One more may have come just now.
+                if state.unplaced.is_empty() {
+                    state.finding = false;
+                    return;
+                }
+                continue;
+            };
+            let (producer, since) = (producer.clone(), *since);
+            let deadlines = wanted.iter().filter_map(|unplaced| unplaced.sealed.deadline());
+            let deadline = deadlines.min().unwrap_or_else(Instant::now);
+            let finding = async {
+                let mut backoff = Backoff::between(BACKOFF);
+                let mut seen = |sequence, place| {
+                    let found = |unplaced: &Unplaced| {
+                        unplaced.sealed.sequence == sequence && unplaced.producer == producer
+                    };
+                    if let Some(at) = wanted.iter().position(found) {
+                        self.free(wanted.swap_remove(at).sealed.confirm(place));
+                    }
+                    wanted.is_empty()
+                };
+                // What cut the entry's receipt off may cut this off as well.
+                while find(&self.common.cluster, &self.physical, since, &producer, &mut seen).await.is_err() {
+                    backoff.wait().await;
+                }
+            };
+            // Whose place was not found in time is told what is known.
+            let _ = timeout_at(deadline, finding).await;
+            let unknown = LaneError::OutcomeUnknown(
+                "the broker has the message from before and did not say where it is".into(),
+            );
+            wanted.into_iter().for_each(|unplaced| self.free(unplaced.sealed.fail(&unknown)));
+        }
     }
 
     fn cannot(&self, fault: Fault) {
@@ -354,9 +464,14 @@ impl Outlet for Producer {
                 if !state.may_send_more() {
                     return;
                 }
-                let State { queue, name, next, in_flight, .. } = &mut *state;
-                let producer_name = name.as_deref().unwrap_or_default();
-                let seal = Seal { producer_id: self.id, producer_name, now: Timestamp::now() };
+                let State { options, queue, name, schema_version, next, in_flight, .. } = &mut *state;
+                let seal = Seal {
+                    producer_id: self.id,
+                    producer_name: name.as_deref().unwrap_or_default(),
+                    compression: options.compression,
+                    schema_version: schema_version.as_deref(),
+                    now: Timestamp::now(),
+                };
                 let Some(sealed) = queue.take(&seal, *next) else { return };
                 *next = sealed.highest + 1;
                 in_flight.push_back(sealed);
@@ -388,14 +503,23 @@ impl Outlet for Producer {
         state.sent = state.sent.saturating_sub(1);
         state.may_try_at_once();
         self.go_on(&mut state);
-        drop(state);
-        let freed = match stored_at(&receipt) {
-            Some(id) => sealed.confirm(feed::place(id)),
-            None => sealed.fail(&LaneError::OutcomeUnknown(
-                "the broker confirmed the message and did not say where it is".into(),
-            )),
-        };
-        self.free(freed);
+        match stored_at(&receipt) {
+            Some(id) => {
+                let place = feed::place(id);
+                state.last = Some(place);
+                drop(state);
+                self.free(sealed.confirm(place));
+            }
+            None => {
+                let since = state.last.map_or(Since::Published(sealed.published), Since::Place);
+                let producer = state.name.clone().unwrap_or_default();
+                state.unplaced.push(Unplaced { sealed, producer, since });
+                if !std::mem::replace(&mut state.finding, true) {
+                    let (this, stop) = (self.clone(), self.common.stop.clone());
+                    self.common.runtime.spawn(async move { stop.run_until_cancelled(this.find()).await });
+                }
+            }
+        }
     }
 
     fn refused(self: Arc<Self>, epoch: u64, refusal: CommandSendError) {

@@ -15,13 +15,14 @@ use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata, S
 
 use super::frame::{Broken, Entry};
 use crate::lane::contract::LaneError;
-use crate::message::{Headers, Message, MessageId, ORIGIN, Place, Timestamp};
+use crate::message::{Headers, Message, MessageId, ORIGIN, Place, RESERVED, Timestamp};
+use crate::policy::table::Compression;
 use crate::topic::Topic;
 
 const ID: &str = "twinspan-id";
 const TS: &str = "twinspan-ts";
-/// What begins like this is the fabric's.
-const RESERVED: &str = "twinspan-";
+/// What Java's producers take.
+const ZSTD_LEVEL: i32 = 3;
 /// A few bytes may unfold to gigabytes; this is more than any broker stores uncompressed.
 const UNFOLDED_BYTES_MAX: u32 = 64 << 20;
 
@@ -263,6 +264,16 @@ fn member(data: &mut Bytes) -> Option<(SingleMessageMetadata, Bytes)> {
     (length <= data.len()).then(|| (single, data.split_to(length)))
 }
 
+/// Folds a body; `None` where that makes it no smaller, and where nothing was asked for.
+pub fn fold(body: &[u8], by: Compression) -> Option<(Vec<u8>, CompressionType)> {
+    let (folded, kind) = match by {
+        Compression::None => return None,
+        Compression::Lz4 => (lz4::block::compress(body, None, false).ok()?, CompressionType::Lz4),
+        Compression::Zstd => (zstd::bulk::compress(body, ZSTD_LEVEL).ok()?, CompressionType::Zstd),
+    };
+    (folded.len() < body.len()).then_some((folded, kind))
+}
+
 fn unfold(metadata: &MessageMetadata, data: Bytes) -> Option<Bytes> {
     let size = metadata.uncompressed_size();
     if size > UNFOLDED_BYTES_MAX {
@@ -419,9 +430,9 @@ mod tests {
         let mut framed = snap::write::FrameEncoder::new(Vec::new());
         framed.write_all(&plain).unwrap();
         let folded = [
-            (CompressionType::Lz4, lz4::block::compress(&plain, None, false).unwrap()),
+            (CompressionType::Lz4, fold(&plain, Compression::Lz4).unwrap().0),
             (CompressionType::Zlib, zlib.finish().unwrap()),
-            (CompressionType::Zstd, zstd::encode_all(&*plain, 1).unwrap()),
+            (CompressionType::Zstd, fold(&plain, Compression::Zstd).unwrap().0),
             (CompressionType::Snappy, snap::raw::Encoder::new().compress_vec(&plain).unwrap()),
             (CompressionType::Snappy, framed.into_inner().unwrap()),
         ];

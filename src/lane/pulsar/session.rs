@@ -25,9 +25,9 @@ use bytes::{Buf, Bytes, BytesMut};
 use pulsar::proto::base_command::Type;
 use pulsar::proto::{
     AuthData, BaseCommand, CommandAuthResponse, CommandCloseConsumer, CommandCloseProducer, CommandConnect,
-    CommandGetTopicsOfNamespace, CommandLookupTopic, CommandLookupTopicResponse,
+    CommandGetSchema, CommandGetTopicsOfNamespace, CommandLookupTopic, CommandLookupTopicResponse,
     CommandPartitionedTopicMetadata, CommandPing, CommandPong, CommandProducer, CommandProducerSuccess,
-    CommandSendError, CommandSendReceipt, FeatureFlags, MessageIdData,
+    CommandSendError, CommandSendReceipt, FeatureFlags, MessageIdData, Schema,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -337,6 +337,25 @@ impl Session {
         let close = BaseCommand { close_producer: Some(close), ..command(Type::CloseProducer) };
         if self.outgoing.try_send(close).is_err() {
             self.shared.lose("the broker takes nothing any more");
+        }
+    }
+
+    /// The schema that a topic has in the registry.
+    pub async fn schema(&self, topic: &str) -> Result<Option<Schema>, Fault> {
+        let answer = self
+            .request(|request_id| BaseCommand {
+                get_schema: Some(CommandGetSchema { request_id, topic: topic.into(), schema_version: None }),
+                ..command(Type::GetSchema)
+            })
+            .await?;
+        let found = answer.get_schema_response.ok_or_else(unexpected)?;
+        let refused =
+            found.error_code.map(|error| Fault::refused(error, found.error_message.unwrap_or_default()));
+        match refused {
+            // A topic without a schema is one that is not found.
+            Some(fault) if fault.is_not_found() => Ok(None),
+            Some(fault) => Err(fault),
+            None => Ok(found.schema),
         }
     }
 
@@ -662,6 +681,9 @@ fn request_of(command: &BaseCommand) -> Option<u64> {
         return Some(found.request_id);
     }
     if let Some(found) = &command.get_topics_of_namespace_response {
+        return Some(found.request_id);
+    }
+    if let Some(found) = &command.get_schema_response {
         return Some(found.request_id);
     }
     if let Some(success) = &command.producer_success {

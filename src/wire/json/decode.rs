@@ -169,9 +169,6 @@ fn command(frame: &Frame<'_>) -> Result<Command, Fault> {
 }
 
 fn subscribe(frame: &Frame<'_>) -> Result<Subscribe, Fault> {
-    if frame.filter.is_some() {
-        return Err(not_in_this_build("filter"));
-    }
     let pattern = pattern(frame)?;
     let start = start(frame)?;
     belongs(&start, &pattern)?;
@@ -207,7 +204,8 @@ fn subscribe(frame: &Frame<'_>) -> Result<Subscribe, Fault> {
             "last_n does not go with group: `from` says where a new group starts",
         ));
     }
-    Ok(Subscribe { pattern, start, client_id: name("client_id", frame.client_id)?, group })
+    let filter = optional("filter", frame.filter, "a string")?;
+    Ok(Subscribe { pattern, start, client_id: name("client_id", frame.client_id)?, group, filter })
 }
 
 fn belongs(start: &Start, pattern: &Pattern) -> Result<(), Fault> {
@@ -425,10 +423,6 @@ fn not_a_time(field: &str) -> Fault {
     Fault::bad_request(format!("{field} is not an RFC 3339 time, such as 2026-11-21T09:00:00.123Z"))
 }
 
-fn not_in_this_build(what: &str) -> Fault {
-    Fault::bad_request(format!("{what} is not in this build yet"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -510,7 +504,7 @@ mod tests {
             (r#"{"type":"subscribe","topic":"a","from":{"position":"x"}}"#, "not a position"),
             (r#"{"type":"subscribe","topic":"a.*","from":{"position":"1-2-0"}}"#, "resume a pattern with"),
             (r#"{"type":"subscribe","topic":"a","from":{"time":"noon"}}"#, "RFC 3339"),
-            (r#"{"type":"subscribe","topic":"a","filter":"x"}"#, "filter is not in this build"),
+            (r#"{"type":"subscribe","topic":"a","filter":7}"#, "filter must be a string"),
             (
                 r#"{"type":"subscribe","topic":"a.*","group":"g","mode":"exclusive"}"#,
                 "exclusive is for one topic",

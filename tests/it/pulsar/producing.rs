@@ -1,49 +1,370 @@
 //! Publishing while the network, the broker and the topic do their worst.
 
-use twinspan::message::Start;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use futures_util::StreamExt;
+use pulsar::consumer::InitialPosition;
+use pulsar::{Consumer, ConsumerOptions, SubType};
+use serde_json::json;
+use tokio::sync::{Mutex, MutexGuard, OnceCell, watch};
+use tokio::task::JoinSet;
+use twinspan::lane::contract::{LaneError, Receipt};
+use twinspan::message::{Message, Start};
+use twinspan::policy::table::{Compression, PulsarSchema};
 
 use super::*;
 use crate::brokers::Options;
-use crate::durable_contract::{numbers, read};
+use crate::durable_contract::read;
 use crate::proxy::Proxy;
 
+/// One broker behind one proxy for the tests of this file, which take turns in breaking it.
+async fn proxied() -> MutexGuard<'static, (Broker, Proxy)> {
+    static PROXIED: OnceCell<Mutex<(Broker, Proxy)>> = OnceCell::const_new();
+    let proxied = PROXIED.get_or_init(async || Mutex::new(Proxy::pulsar(Options::default()).await)).await;
+    proxied.lock().await
+}
+
+/// A lane through the proxy, with a topic of its own.
+async fn through(proxied: &(Broker, Proxy), template: &str) -> Bed {
+    let (broker, proxy) = proxied;
+    proxy.resume();
+    Bed::with(route("t.>", template), DurableSettings { url: vec![proxy.pulsar_url()], ..settings(broker) })
+        .await
+}
+
+impl Bed {
+    /// A native one that begins with the oldest message.
+    async fn consumer(&self, kind: SubType) -> Consumer<Vec<u8>, TokioExecutor> {
+        let options = ConsumerOptions::default().with_initial_position(InitialPosition::Earliest);
+        let builder = self.native.consumer().with_topic(self.physical()).with_subscription("native");
+        builder.with_subscription_type(kind).with_options(options).build().await.unwrap()
+    }
+}
+
+const PUBLISHERS: usize = 4;
+const EACH: usize = 1_000_000;
+
+/// Publishers with a key each, the first without one. They number their messages and have many under way.
+struct Load {
+    stop: watch::Sender<bool>,
+    publishers: JoinSet<Outcome>,
+}
+
+#[derive(Default)]
+struct Outcome {
+    acked: BTreeMap<usize, Position>,
+    /// Neither confirmed nor certainly not sent.
+    unknown: BTreeSet<usize>,
+    refused: BTreeSet<usize>,
+}
+
+impl Outcome {
+    fn note(&mut self, n: usize, outcome: Result<Position, LaneError>) {
+        match outcome {
+            Ok(position) => drop(self.acked.insert(n, position)),
+            Err(LaneError::OutcomeUnknown(_)) => drop(self.unknown.insert(n)),
+            Err(LaneError::Unavailable(_)) => drop(self.refused.insert(n)),
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+impl Load {
+    fn on(bed: &Bed) -> Self {
+        let stop = watch::Sender::new(false);
+        let mut publishers = JoinSet::new();
+        for publisher in 0..PUBLISHERS {
+            let (lane, route, topic) = (bed.lane.clone(), bed.route.clone(), bed.topic.clone());
+            let stopped = stop.subscribe();
+            publishers.spawn(async move {
+                let key = (publisher > 0).then(|| format!("k{publisher}"));
+                let mut outcome = Outcome::default();
+                let mut under_way: VecDeque<(usize, Receipt)> = VecDeque::new();
+                for n in publisher * EACH.. {
+                    if *stopped.borrow() {
+                        break;
+                    }
+                    let message = Message { key: key.clone(), ..numbered(n) };
+                    match lane.append(&route, &topic, message, Publisher::default()).await {
+                        Ok(receipt) => under_way.push_back((n, receipt)),
+                        Err(error) => outcome.note(n, Err(error)),
+                    }
+                    if under_way.len() > 200 {
+                        let (n, receipt) = under_way.pop_front().unwrap();
+                        outcome.note(n, receipt.await);
+                    }
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                for (n, receipt) in under_way {
+                    outcome.note(n, receipt.await);
+                }
+                outcome
+            });
+        }
+        Self { stop, publishers }
+    }
+
+    async fn end(mut self) -> Outcome {
+        self.stop.send_replace(true);
+        let mut all = Outcome::default();
+        while let Some(outcome) = self.publishers.join_next().await {
+            let outcome = outcome.unwrap();
+            all.acked.extend(outcome.acked);
+            all.unknown.extend(outcome.unknown);
+            all.refused.extend(outcome.refused);
+        }
+        all
+    }
+}
+
+/// Everything confirmed is stored where it was said to be, nothing that was refused is, and what each publisher sent
+/// first came first. Returns how many messages are stored more than once.
+async fn check(bed: &Bed, outcome: &Outcome) -> usize {
+    let stored = read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await;
+    let mut newest = [None; PUBLISHERS + 1];
+    let mut seen = BTreeMap::new();
+    for envelope in &stored {
+        let n = number(envelope);
+        if seen.insert(n, ()).is_none() {
+            let newest = &mut newest[n / EACH];
+            assert!(newest.is_none_or(|newest| newest < n), "{n} stands behind {newest:?}");
+            *newest = Some(n);
+        }
+    }
+    let at: BTreeMap<_, _> =
+        stored.iter().map(|envelope| (position(envelope).to_string(), number(envelope))).collect();
+    for (n, position) in &outcome.acked {
+        assert_eq!(at.get(&position.to_string()), Some(n), "{n} was confirmed at {position}");
+    }
+    let refused: Vec<_> = outcome.refused.iter().filter(|n| seen.contains_key(n)).collect();
+    assert_eq!(refused, Vec::<&usize>::new(), "said not to be sent, and stored");
+    stored.len() - seen.len()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lane_reaches_its_broker_through_the_proxy_alone() {
+async fn connections_cut_every_200_ms_lose_nothing_confirmed_and_keep_each_keys_order() {
     if left_out() {
         return;
     }
-    let (broker, proxy) = Proxy::pulsar(Options::default()).await;
-    let settings = DurableSettings { url: vec![proxy.pulsar_url()], ..settings(&broker) };
-    let route = route("t.>", "persistent://public/default/{topic}");
-    let policy = Policy::new(RouteTable::new([route.clone()]));
-    let (lane, route, topic) = (open(&settings, &policy).await, Arc::new(route), topic("t.proxied"));
-    lane.append(&route, &topic, numbered(1), Publisher::default()).await.unwrap().await.unwrap();
-    assert_eq!(numbers(&read(&*lane, &route, &topic, Start::Earliest).await), [1]);
-    for (what, breaks) in [
-        ("hold", Proxy::hold as fn(&Proxy)),
-        ("refuse", |proxy| {
-            proxy.refuse();
-            proxy.cut();
-        }),
-        ("accept, then close", |proxy| {
-            proxy.accept_then_close();
-            proxy.cut();
-        }),
-    ] {
-        breaks(&proxy);
-        let took = is_down(&*lane).await;
-        assert!(took < Duration::from_secs(3), "{what}: noticed after {took:?}");
-        proxy.resume();
-        is_up(&*lane).await;
-    }
-    let (cutting, before) = (proxy.cut_every(Duration::from_millis(200)), proxy.accepted());
-    soon(async {
-        while proxy.accepted() < before + 3 {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    })
-    .await;
+    let proxied = proxied().await;
+    let bed = through(&proxied, "persistent://public/default/{topic}").await;
+    let load = Load::on(&bed);
+    let cutting = proxied.1.cut_every(Duration::from_millis(200));
+    let before = proxied.1.accepted();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(proxied.1.accepted() > before + 20, "the lane comes back each time");
     drop(cutting);
-    is_up(&*lane).await;
-    lane.append(&route, &topic, numbered(2), Publisher::default()).await.unwrap().await.unwrap();
+    let outcome = load.end().await;
+    assert!(outcome.acked.len() > 100, "only {} were confirmed", outcome.acked.len());
+    check(&bed, &outcome).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_namespace_that_de_duplicates_has_each_message_once_after_50_cuts() {
+    if left_out() {
+        return;
+    }
+    let proxied = proxied().await;
+    admin(&proxied.0, Method::PUT, "namespaces/public/once", Value::Null).await;
+    admin(&proxied.0, Method::POST, "namespaces/public/once/deduplication", Value::Bool(true)).await;
+    let bed = through(&proxied, "persistent://public/once/{topic}").await;
+    let load = Load::on(&bed);
+    for _ in 0..50 {
+        proxied.1.cut();
+        tokio::time::sleep(Duration::from_millis(80)).await;
+    }
+    let outcome = load.end().await;
+    assert!(outcome.acked.len() > 100, "only {} were confirmed", outcome.acked.len());
+    let unknown = outcome.unknown.len();
+    assert_eq!((check(&bed, &outcome).await, unknown), (0, 0), "stored twice, and of unknown outcome");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_seconds_of_a_load_balancer_without_a_backend_lose_nothing_confirmed() {
+    if left_out() {
+        return;
+    }
+    let proxied = proxied().await;
+    let bed = through(&proxied, "persistent://public/default/{topic}").await;
+    let load = Load::on(&bed);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    proxied.1.accept_then_close();
+    proxied.1.cut();
+    let took = is_down(&*bed.lane).await;
+    assert!(took < Duration::from_secs(3), "noticed after {took:?}");
+    tokio::time::sleep(Duration::from_secs(5) - took).await;
+    proxied.1.resume();
+    let healed = Instant::now();
+    is_up(&*bed.lane).await;
+    bed.publish(PUBLISHERS * EACH).await;
+    assert!(healed.elapsed() < Duration::from_secs(5), "{:?}", healed.elapsed());
+    let outcome = load.end().await;
+    assert!(!outcome.refused.is_empty());
+    check(&bed, &outcome).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_black_hole_is_noticed_within_three_seconds_and_nothing_confirmed_is_lost() {
+    if left_out() {
+        return;
+    }
+    let proxied = proxied().await;
+    let bed = through(&proxied, "persistent://public/default/{topic}").await;
+    let load = Load::on(&bed);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    proxied.1.hold();
+    let took = is_down(&*bed.lane).await;
+    assert!(took < Duration::from_secs(3), "noticed after {took:?}");
+    proxied.1.resume();
+    is_up(&*bed.lane).await;
+    proxied.1.refuse();
+    proxied.1.cut();
+    is_down(&*bed.lane).await;
+    proxied.1.resume();
+    is_up(&*bed.lane).await;
+    let outcome = load.end().await;
+    check(&bed, &outcome).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_moves_under_load_loses_and_repeats_nothing_and_its_publishers_notice_nothing() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    let bed = Bed::on(broker).await;
+    let load = Load::on(&bed);
+    let path = format!("persistent/public/default/{}/unload", bed.topic);
+    for _ in 0..4 {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        admin(broker, Method::PUT, &path, Value::Null).await;
+    }
+    let outcome = load.end().await;
+    check(&bed, &outcome).await;
+    assert_eq!((outcome.unknown.len(), outcome.refused.len()), (0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_holds_one_key_so_that_key_shared_members_each_get_their_own() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    let mut members = [bed.consumer(SubType::KeyShared).await, bed.consumer(SubType::KeyShared).await];
+    const MESSAGES: usize = 2000;
+    const KEYS: usize = 20;
+    let mut receipts = Vec::new();
+    for n in 0..MESSAGES {
+        let message = Message { key: Some(format!("k{}", n % KEYS)), ..numbered(n) };
+        receipts.push(bed.lane.append(&bed.route, &bed.topic, message, Publisher::default()).await.unwrap());
+    }
+    futures_util::future::try_join_all(receipts).await.unwrap();
+    let mut got: BTreeMap<String, (BTreeSet<usize>, Vec<usize>)> = BTreeMap::new();
+    let (mut came, mut batched) = (0, 0);
+    while came < MESSAGES {
+        let [first, second] = &mut members;
+        let (who, seen) = soon(async {
+            tokio::select! {
+                seen = first.next() => (0, seen),
+                seen = second.next() => (1, seen),
+            }
+        })
+        .await;
+        let seen = seen.unwrap().unwrap();
+        members[who].ack(&seen).await.unwrap();
+        let n: usize = std::str::from_utf8(&seen.payload.data).unwrap().parse().unwrap();
+        let key = seen.key().unwrap();
+        assert_eq!(key, format!("k{}", n % KEYS));
+        let (owners, numbers) = got.entry(key).or_default();
+        owners.insert(who);
+        numbers.push(n);
+        batched += usize::from(seen.message_id.batch_size.is_some_and(|size| size > 1));
+        came += 1;
+    }
+    assert_eq!(got.len(), KEYS);
+    for (key, (owners, numbers)) in &got {
+        assert_eq!(owners.len(), 1, "`{key}` went to both members");
+        assert!(numbers.is_sorted(), "`{key}`: {numbers:?}");
+    }
+    assert!(batched > MESSAGES / 2, "only {batched} came in batches");
+    assert_eq!(got.values().flat_map(|(owners, _)| owners).collect::<BTreeSet<_>>().len(), 2);
+}
+
+#[tokio::test]
+async fn what_is_folded_is_read_here_and_by_native_consumers() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    for compression in [Compression::Lz4, Compression::Zstd] {
+        let route = Route { compression, ..route("t.>", "persistent://public/default/{topic}") };
+        let bed = Bed::routed(broker, route).await;
+        let payload = |n: usize| format!("{n} {}", "to be or not to be ".repeat(50));
+        let mut receipts = Vec::new();
+        for n in 0..60 {
+            let message = Message { payload: payload(n).into(), ..numbered(n) };
+            receipts
+                .push(bed.lane.append(&bed.route, &bed.topic, message, Publisher::default()).await.unwrap());
+        }
+        futures_util::future::try_join_all(receipts).await.unwrap();
+        let alone = Message { payload: payload(60).into(), ..numbered(60) };
+        bed.lane.append(&bed.route, &bed.topic, alone, Publisher::default()).await.unwrap().await.unwrap();
+
+        let read = read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await;
+        let expected: Vec<_> = (0..61).map(payload).collect();
+        assert!(read.iter().map(|envelope| &envelope.message.payload).eq(&expected));
+        let mut consumer = bed.consumer(SubType::Exclusive).await;
+        for expected in &expected {
+            let seen = soon(consumer.next()).await.unwrap().unwrap();
+            assert_eq!(seen.payload.data, expected.as_bytes());
+        }
+        let (_, stats) =
+            broker.get(&format!("/admin/v2/persistent/public/default/{}/stats", bed.topic)).await.unwrap();
+        let stored = serde_json::from_str::<Value>(&stats).unwrap()["storageSize"].as_u64().unwrap();
+        let plain: usize = expected.iter().map(String::len).sum();
+        assert!(stored < plain as u64 / 2, "{stored} bytes for {plain}");
+    }
+}
+
+#[tokio::test]
+async fn a_schema_is_honoured_and_one_that_does_not_fit_is_refused_by_name() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    let bed = async |pulsar_schema| {
+        Bed::routed(broker, Route { pulsar_schema, ..route("t.>", "persistent://public/default/{topic}") })
+            .await
+    };
+    let path = |bed: &Bed| format!("schemas/public/default/{}/schema", bed.topic);
+    let refused = async |bed: &Bed, topic: &Topic| {
+        let receipt = bed.lane.append(&bed.route, topic, numbered(1), Publisher::default()).await.unwrap();
+        match soon(receipt).await.unwrap_err() {
+            LaneError::BadRequest(said) => said,
+            other => panic!("{other:?}"),
+        }
+    };
+    let (text, json) = (bed(PulsarSchema::String).await, bed(PulsarSchema::Json).await);
+
+    text.publish(1).await;
+    let (_, registered) = broker.get(&format!("/admin/v2/{}", path(&text))).await.unwrap();
+    assert!(registered.contains("\"STRING\""), "{registered}");
+
+    // A topic without one is given none, and can be published to.
+    json.publish(1).await;
+    assert_eq!(broker.get(&format!("/admin/v2/{}", path(&json))).await.unwrap().0, 404);
+    let other = topic(&format!("t.{}", MessageId::new()));
+    let record = r#"{"type":"record","name":"Order","fields":[{"name":"n","type":"int"}]}"#;
+    let schema = json!({ "type": "JSON", "schema": record, "properties": {} });
+    admin(broker, Method::POST, &format!("schemas/public/default/{other}/schema"), schema).await;
+    let stored = json.lane.append(&json.route, &other, numbered(1), Publisher::default()).await.unwrap();
+    soon(stored).await.unwrap();
+    let mut consumer = Bed { topic: other.clone(), ..json.clone() }.consumer(SubType::Exclusive).await;
+    let seen = soon(consumer.next()).await.unwrap().unwrap();
+    assert!(seen.payload.metadata.schema_version.is_some());
+
+    let said = refused(&text, &other).await;
+    assert!(said.contains("IncompatibleSchema"), "{said}");
+    let said = refused(&json, &text.topic).await;
+    assert!(said.contains("String") && said.contains("pulsar_schema = \"json\""), "{said}");
 }

@@ -107,6 +107,52 @@ async fn a_token_and_tls_are_what_the_broker_asks_for() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_certificate_is_shown_to_a_broker_that_asks_for_one() {
+    if left_out() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    for (who, name) in [("broker", "localhost"), ("client", "twinspan")] {
+        let CertifiedKey { cert, signing_key } = generate_simple_self_signed(vec![name.into()]).unwrap();
+        std::fs::write(path(&format!("{who}.pem")), cert.pem()).unwrap();
+        std::fs::write(path(&format!("{who}.key")), signing_key.serialize_pem()).unwrap();
+    }
+    let free = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+    let [tls_port, web_port] = free.map(|listener| listener.local_addr().unwrap().port());
+    let set = vec![
+        format!("brokerServicePortTls={tls_port}"),
+        format!("webServicePortTls={web_port}"),
+        "advertisedAddress=localhost".into(),
+        format!("tlsCertificateFilePath={}", path("broker.pem").display()),
+        format!("tlsKeyFilePath={}", path("broker.key").display()),
+        format!("tlsTrustCertsFilePath={}", path("client.pem").display()),
+        "tlsRequireTrustedClientCertOnConnect=true".into(),
+    ];
+    let broker = Broker::pulsar(&Options { set, ..Default::default() }).await;
+    let route = route("t.>", "persistent://public/default/{topic}");
+    let policy = Policy::new(RouteTable::new([route.clone()]));
+    let ca = Some(path("broker.pem"));
+    let known = DurableSettings {
+        url: vec![format!("pulsar+ssl://localhost:{tls_port}")],
+        admin_url: format!("https://localhost:{web_port}"),
+        tls: Some(Tls { ca: ca.clone(), cert: Some(path("client.pem")), key: Some(path("client.key")) }),
+        ..settings(&broker)
+    };
+    let stranger = DurableSettings { tls: Some(Tls { ca, cert: None, key: None }), ..known.clone() };
+    let stranger = PulsarLane::open(&stranger, policy.clone(), Arc::new(Metrics::new())).unwrap();
+    let lane = open(&known, &policy).await;
+    let (route, topic) = (Arc::new(route), topic("t.mutual"));
+    lane.append(&route, &topic, numbered(1), Publisher::default()).await.unwrap().await.unwrap();
+    // The newest are found with the help of the admin API.
+    assert_eq!(numbers(&read(&*lane, &route, &topic, Start::Last(1)).await), [1]);
+    match &*stranger.state().borrow() {
+        LaneState::Down(why) => assert!(why.contains("ertificate"), "{why}"),
+        LaneState::Up => panic!("a client without a certificate is refused"),
+    }
+}
+
 #[test]
 fn settings_that_cannot_be_used_are_refused_at_once_and_by_name() {
     let good = DurableSettings {

@@ -35,10 +35,10 @@ use crate::topic::Topic;
 const UNSAID_FIRST: Duration = Duration::from_millis(100);
 const UNSAID_LAST: Duration = Duration::from_secs(10);
 /// Dead letters of one member under way to storage; the others wait, and the member's prefetch bounds how many.
-const BURIALS_AT_ONCE: usize = 64;
+const STORING_AT_ONCE: usize = 64;
 /// How long a dead letter that could not be stored stays in the group before it is tried again; doubled each time.
-const BURIAL_RETRY_FIRST: Duration = Duration::from_secs(1);
-const BURIAL_RETRY_LAST: Duration = Duration::from_secs(60);
+const STORE_RETRY_FIRST: Duration = Duration::from_secs(1);
+const STORE_RETRY_LAST: Duration = Duration::from_secs(60);
 /// How often the acknowledgement of a stored dead letter is tried before the group may have it again.
 const ACKS_MAX: u32 = 5;
 
@@ -99,7 +99,7 @@ impl GroupMember {
                 match handed {
                     Ok(handed) if handed.attempt > dead_letter.max_deliveries => {
                         let (route, dead_letter) = (route.name.clone(), dead_letter.clone());
-                        self.bury(Dead { handed, route, dead_letter });
+                        self.set_aside(Dead { handed, route, dead_letter });
                     }
                     other => alive.push(other),
                 }
@@ -140,11 +140,11 @@ impl GroupMember {
         route.unwrap_or(&self.joined).clone()
     }
 
-    fn bury(&self, dead: Dead) {
-        let graves = self.dead.get_or_init(|| {
+    fn set_aside(&self, dead: Dead) {
+        let line = self.dead.get_or_init(|| {
             // Bounded by the member's prefetch: what is in it is not acknowledged.
-            let (graves, mut dead) = mpsc::unbounded_channel::<Dead>();
-            let undertaker = Arc::new(Undertaker {
+            let (line, mut dead) = mpsc::unbounded_channel::<Dead>();
+            let letters = Arc::new(DeadLetters {
                 member: Arc::downgrade(&self.member),
                 around: self.around.clone(),
                 topic: self.topic().clone(),
@@ -153,12 +153,12 @@ impl GroupMember {
             // It ends with this membership, which holds the other end.
             tokio::spawn(async move {
                 let dead = stream::poll_fn(move |context| dead.poll_recv(context));
-                dead.for_each_concurrent(BURIALS_AT_ONCE, |dead| undertaker.clone().bury(dead)).await;
+                dead.for_each_concurrent(STORING_AT_ONCE, |dead| letters.clone().take(dead)).await;
             });
-            graves
+            line
         });
         // The other end ends after this one.
-        let _ = graves.send(dead);
+        let _ = line.send(dead);
     }
 }
 
@@ -177,15 +177,15 @@ fn doubled(first: Duration, times: u32, last: Duration) -> Duration {
 }
 
 /// Stores one member's dead letters. It holds no place in the group: who leaves gives back at once.
-struct Undertaker {
+struct DeadLetters {
     member: Weak<dyn Member>,
     around: Surroundings,
     topic: Topic,
     group: Arc<str>,
 }
 
-impl Undertaker {
-    async fn bury(self: Arc<Self>, dead: Dead) {
+impl DeadLetters {
+    async fn take(self: Arc<Self>, dead: Dead) {
         let Dead { handed, route, dead_letter } = dead;
         if self.member.strong_count() == 0 {
             return;
@@ -200,7 +200,7 @@ impl Undertaker {
             }
             Err(error) => {
                 let tries = attempt.saturating_sub(dead_letter.max_deliveries + 1);
-                let again_in = doubled(BURIAL_RETRY_FIRST, tries, BURIAL_RETRY_LAST);
+                let again_in = doubled(STORE_RETRY_FIRST, tries, STORE_RETRY_LAST);
                 warn!(
                     topic = %self.topic, group = &*self.group, %error, ?again_in,
                     "A dead letter could not be stored. It stays in its group and is tried again."
@@ -258,9 +258,9 @@ impl Undertaker {
                 }
             }
             drop(member);
-            tokio::time::sleep(doubled(BURIAL_RETRY_FIRST, tries, BURIAL_RETRY_LAST)).await;
+            tokio::time::sleep(doubled(STORE_RETRY_FIRST, tries, STORE_RETRY_LAST)).await;
         }
-        self.give_back(tag, BURIAL_RETRY_LAST).await;
+        self.give_back(tag, STORE_RETRY_LAST).await;
     }
 
     async fn give_back(&self, tag: Tag, delay: Duration) {

@@ -221,6 +221,13 @@ pub fn with_message(own: Value, draft: &Draft) -> Fields {
     frame
 }
 
+pub fn with_messages<'a>(own: Value, drafts: impl IntoIterator<Item = &'a Draft>) -> Fields {
+    let mut frame = fields(own, json!({}));
+    let drafts = drafts.into_iter().map(|draft| String::from_utf8_lossy(&draft_value(draft)).into_owned());
+    frame.push(("messages".into(), format!("[{}]", drafts.collect::<Vec<_>>().join(","))));
+    frame
+}
+
 fn text(frame: &Fields) -> String {
     let fields: Vec<_> = frame.iter().map(|(name, value)| format!("{}:{value}", json!(name))).collect();
     format!("{{{}}}", fields.join(","))

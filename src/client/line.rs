@@ -22,7 +22,7 @@ use super::backoff::Backoff;
 use super::connection::{ClientError, Fields, Sender};
 use super::dial::{Dial, Live};
 use crate::message::MessageId;
-use crate::wire::json::heard::Heard;
+use crate::wire::json::heard::{Heard, HeardError};
 
 /// What waits for its answer, in bytes; when it is full the caller waits. Each counts this much besides its payload,
 /// which bounds their number to 1,024.
@@ -40,6 +40,48 @@ pub enum SendError {
     OutcomeUnknown { id: Option<MessageId>, source: ClientError },
     #[error("the payload cannot be written as JSON: {0}; nothing was sent")]
     NotJson(String),
+}
+
+/// The acknowledgement of a message.
+#[derive(Debug, Clone)]
+pub struct Published {
+    pub id: MessageId,
+    pub status: Status,
+    pub lane: Option<String>,
+    /// Where it is stored, on the durable lane.
+    pub position: Option<String>,
+    pub ts: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    Ok,
+    /// Safe on the bridge's disk while the durable lane is down.
+    Spooled,
+    /// The id was there already: an earlier attempt had arrived.
+    Duplicate,
+}
+
+impl Published {
+    pub(super) fn new(
+        id: MessageId,
+        status: Option<&str>,
+        lane: Option<String>,
+        position: Option<String>,
+        ts: String,
+    ) -> Self {
+        let status = match status {
+            Some("spooled") => Status::Spooled,
+            Some("duplicate") => Status::Duplicate,
+            _ => Status::Ok,
+        };
+        Self { id, status, lane, position, ts }
+    }
+}
+
+/// Whether what was refused may have been done all the same.
+pub fn is_unknown(error: &HeardError) -> bool {
+    matches!(error.code.as_str(), "OUTCOME_UNKNOWN" | "INTERNAL" | "TIMEOUT")
 }
 
 /// Something that is asked.
@@ -259,9 +301,7 @@ impl Queue {
             Err(error) => error,
         };
         let (may_retry, is_unknown) = match &error {
-            ClientError::Refused(error) => {
-                (error.retryable, matches!(error.code.as_str(), "OUTCOME_UNKNOWN" | "INTERNAL" | "TIMEOUT"))
-            }
+            ClientError::Refused(error) => (error.retryable, is_unknown(error)),
             _ => (true, true),
         };
         waiting.sent = false;

@@ -9,6 +9,7 @@
 //! A connection for each subscription, so that a slow handler never stands before the answers of a publisher.
 
 mod backoff;
+mod batch;
 mod connection;
 mod consumer;
 mod dial;
@@ -28,15 +29,14 @@ use tokio_util::sync::CancellationToken;
 use self::connection::{fields, with_message};
 use self::dial::{Dial, Spare};
 use self::line::{Ask, Line};
-use crate::message::{Draft, MessageId, Start};
-use crate::wire::json::heard::Heard;
+use crate::message::{Draft, Start};
 
 pub use self::backoff::Backoff;
 pub use self::connection::{Client, ClientError, Sender};
 pub use self::consumer::{Consume, Consumed};
 pub use self::dial::Options;
 pub use self::event::{Event, Incoming};
-pub use self::line::SendError;
+pub use self::line::{Published, SendError, Status};
 pub use self::subscription::{Subscribe, Subscription};
 
 /// A client for services: what it does survives the connection that it was begun on. Cheap to clone.
@@ -50,26 +50,6 @@ struct Shared {
     options: Options,
     spare: Spare,
     line: OnceLock<Line>,
-}
-
-/// The acknowledgement of a message.
-#[derive(Debug, Clone)]
-pub struct Published {
-    pub id: MessageId,
-    pub status: Status,
-    pub lane: Option<String>,
-    /// Where it is stored, on the durable lane.
-    pub position: Option<String>,
-    pub ts: String,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Status {
-    Ok,
-    /// Safe on the bridge's disk while the durable lane is down.
-    Spooled,
-    /// The id was there already: an earlier attempt had arrived.
-    Duplicate,
 }
 
 impl Twinspan {
@@ -126,7 +106,30 @@ impl Twinspan {
             deadline: self.shared.options.deadline,
         });
         let answer = answer.await?;
-        Ok(async move { Ok(published(id, answer.await?)) })
+        Ok(async move {
+            let ack = answer.await?;
+            Ok(Published::new(id, ack.status.as_deref(), ack.lane, ack.position, ack.ts))
+        })
+    }
+
+    /// Publishes values as JSON, many in a frame; what became of each, in their order.
+    pub async fn publish_all<T: Serialize>(
+        &self,
+        topic: &str,
+        payloads: impl IntoIterator<Item = T>,
+    ) -> Vec<Result<Published, SendError>> {
+        let drafts = payloads.into_iter().map(|payload| {
+            let payload =
+                serde_json::to_vec(&payload).map_err(|error| SendError::NotJson(error.to_string()))?;
+            Ok(Draft { payload: payload.into(), ..Draft::default() })
+        });
+        let drafts: Vec<_> = drafts.collect();
+        batch::send_all(self.line(), self.shared.options, topic, drafts).await
+    }
+
+    /// The same for messages.
+    pub async fn send_all(&self, topic: &str, drafts: Vec<Draft>) -> Vec<Result<Published, SendError>> {
+        batch::send_all(self.line(), self.shared.options, topic, drafts.into_iter().map(Ok)).await
     }
 
     /// The first reply. A request is sent once: whether it was served is not known where the connection breaks.
@@ -189,13 +192,4 @@ impl Twinspan {
     fn dial(&self) -> Dial {
         Dial::new(self.shared.url.clone(), self.shared.spare.clone(), self.shared.options)
     }
-}
-
-fn published(id: MessageId, ack: Heard) -> Published {
-    let status = match ack.status.as_deref() {
-        Some("spooled") => Status::Spooled,
-        Some("duplicate") => Status::Duplicate,
-        _ => Status::Ok,
-    };
-    Published { id, status, lane: ack.lane, position: ack.position, ts: ack.ts }
 }

@@ -174,7 +174,8 @@ pub trait DurableLane: Send + Sync {
     /// Returns once the message has its place in line; waits while the line is full. The receipt is ready once the
     /// message survives a restart of the bridge and of the broker, or with an error that says what became of it;
     /// never later than the publish timeout after the call; a message that found no place in line by then is
-    /// `Unavailable`. One caller's messages on one topic are stored in the order of the calls. What was confirmed
+    /// `Unavailable`. One caller's messages of one key on one topic, and those
+    /// without a key, are stored in the order of the calls. What was confirmed
     /// can be read from then on. Dropping a receipt takes nothing back. In a topic of several partitions a message
     /// goes where its key says, and without a key where its `publisher`'s others went.
     async fn append(
@@ -210,6 +211,8 @@ pub trait DurableLane: Send + Sync {
     /// key_shared   the messages of a key to one member. When members come or go a key may move; its new member gets
     ///              none of it before what the old one held of it is acknowledged or was given back
     /// ```
+    /// Of members that joined within the same second on two bridges either may count as the older; a topic of several
+    /// partitions may then have both, each with some of them.
     /// A message is not handed to `shared` and `key_shared` before its `deliver_at`; the other two get it at once.
     async fn join(
         &self,

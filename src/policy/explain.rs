@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::table::{Compression, Declare, Overflow, PulsarSchema, Retention, Route, RouteTable, Written};
+use super::table::{Compression, Declare, Overflow, Retention, Route, RouteTable, Written};
 use crate::message::Lane;
 use crate::origin::Origin;
 use crate::topic::{Pattern, Topic};
@@ -131,7 +131,7 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
             shown("backoff", backoff(&route.redelivery.backoff)),
             shown("dead_letter", json!(dead_letter.map(|dead_letter| dead_letter.topic.to_string()))),
             shown("compression", compression(route.compression)),
-            shown("pulsar_schema", pulsar_schema(route.pulsar_schema)),
+            shown("pulsar_schema", json!(route.pulsar_schema.as_str())),
         ]),
     }
     rows.push(shown("max_payload", json!(route.max_payload.map(|bytes| units::show_size(bytes as u64)))));
@@ -158,14 +158,6 @@ fn compression(compression: Compression) -> Value {
         Compression::None => json!("none"),
         Compression::Lz4 => json!("lz4"),
         Compression::Zstd => json!("zstd"),
-    }
-}
-
-fn pulsar_schema(schema: PulsarSchema) -> Value {
-    match schema {
-        PulsarSchema::Bytes => json!("bytes"),
-        PulsarSchema::String => json!("string"),
-        PulsarSchema::Json => json!("json"),
     }
 }
 

@@ -73,6 +73,16 @@ pub enum PulsarSchema {
     Json,
 }
 
+impl PulsarSchema {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PulsarSchema::Bytes => "bytes",
+            PulsarSchema::String => "string",
+            PulsarSchema::Json => "json",
+        }
+    }
+}
+
 /// How long the embedded log keeps what is stored. Nothing given: for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Retention {

@@ -30,7 +30,7 @@ use crate::lane::follow::{Follow, Step};
 use crate::message::{Envelope, Lane, Position, Start};
 use crate::policy::table::Route;
 use crate::topic::Topic;
-use crate::wire::code::Fault;
+use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{Delivery, Event, GapReason, Group};
 
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -306,7 +306,8 @@ async fn start(subscription: &Arc<Subscription>, topic: &Topic, from: Start) -> 
     Ok(())
 }
 
-/// Runs one topic's membership of a group.
+/// Runs one topic's membership of a group. It ends with the subscription, or with an error that joining again would
+/// not cure, which the client is told.
 pub async fn take_part(
     subscription: Arc<Subscription>,
     group: Group,
@@ -316,27 +317,27 @@ pub async fn take_part(
 ) {
     let session = subscription.session.clone();
     let name: Arc<str> = group.name.as_str().into();
-    let taken = |member: GroupMember| Membership {
+    let seat = |member: GroupMember| Membership {
         subscription: subscription.no,
         number: session.next_number(),
         member: Arc::new(member),
     };
-    let mut place = taken(member);
+    let mut place = Some(seat(member));
     // Ends what is done for the membership, so that nothing keeps it.
     let mut membership = subscription.stop.child_token();
     let mut retry = RETRY_FIRST;
     let stop = subscription.stop.clone();
     let taking = async {
-        loop {
-            match place.member.next().await {
+        while let Some(taken) = &place {
+            match taken.member.next().await {
                 Ok(handed) => {
                     retry = RETRY_FIRST;
-                    let ack_timeout = place.member.ack_timeout();
+                    let ack_timeout = taken.member.ack_timeout();
                     let unwanted =
                         handed.iter().flatten().filter(|handed| !subscription.wants(&handed.envelope));
                     let unwanted: Vec<_> = unwanted.map(|handed| handed.tag).collect();
                     if !unwanted.is_empty() {
-                        session.spawn(leave_out(place.member.clone(), unwanted, membership.clone()));
+                        session.spawn(leave_out(taken.member.clone(), unwanted, membership.clone()));
                     }
                     for handed in handed {
                         let mut number = None;
@@ -346,7 +347,7 @@ pub async fn take_part(
                                 if handed.attempt > 1 {
                                     session.bridge.metrics.redelivered(&route.name);
                                 }
-                                let held = session.deliveries.hold(&place, handed.tag, handed.attempt);
+                                let held = session.deliveries.hold(taken, handed.tag, handed.attempt);
                                 number = Some(held);
                                 let delivery = Some(Delivery { number: held, attempt: handed.attempt });
                                 let group_name = name.clone();
@@ -372,19 +373,28 @@ pub async fn take_part(
                     }
                 }
                 Err(error) => {
-                    warn!(%topic, group = %group.name, %error, "A group membership broke off; joining again.");
-                    session.deliveries.forget(&place);
+                    warn!(%topic, group = %group.name, %error, "A group membership broke off.");
+                    session.deliveries.forget(taken);
                     membership.cancel();
-                    loop {
+                    // An exclusive group would be busy with the member that was.
+                    place = None;
+                    let mut fault = fault(error);
+                    while is_passing(&fault) {
                         tokio::time::sleep(retry.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
                         retry = (retry * 2).min(RETRY_LAST);
-                        if let Ok((new_route, new_member)) =
-                            session.bridge.join(&topic, &group, Start::Latest).await
-                        {
-                            (route, place) = (new_route, taken(new_member));
-                            membership = subscription.stop.child_token();
-                            break;
+                        match session.bridge.join(&topic, &group, Start::Latest).await {
+                            Ok((new_route, new_member)) => {
+                                (route, place) = (new_route, Some(seat(new_member)));
+                                membership = subscription.stop.child_token();
+                                break;
+                            }
+                            Err(again) => fault = again,
                         }
+                    }
+                    if place.is_none() {
+                        let why = format!("group `{name}` of `{topic}` is over here: {}", fault.message);
+                        let fault = Fault::new(fault.code, why);
+                        session.outbox.push(Event::Error { request_id: None, fault });
                     }
                 }
             }
@@ -392,7 +402,14 @@ pub async fn take_part(
     };
     stop.run_until_cancelled(taking).await;
     // A delivery that was numbered while the subscription ended would else keep the membership.
-    session.deliveries.forget(&place);
+    if let Some(taken) = &place {
+        session.deliveries.forget(taken);
+    }
+}
+
+/// Whether joining again may help: everything but what the broker or the group will go on refusing.
+fn is_passing(fault: &Fault) -> bool {
+    !matches!(fault.code, Code::BadRequest | Code::Forbidden | Code::GroupBusy)
 }
 
 /// Runs the timer of this connection's deliveries, as long as it is open.

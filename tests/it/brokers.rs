@@ -103,9 +103,11 @@ pub async fn shared_nats() -> &'static Broker {
 /// The same for Pulsar.
 pub async fn shared_pulsar() -> &'static Broker {
     static SHARED: OnceCell<Broker> = OnceCell::const_new();
+    // A failover group is handed over after a second by default, and one promise hands it over a hundred times.
     // Pulsar's own WebSocket API is what the benchmark compares with.
-    let options = || Options { set: vec!["webSocketServiceEnabled=true".into()], ..Options::default() };
-    SHARED.get_or_init(async || Broker::pulsar(&options()).await).await
+    let set = ["activeConsumerFailoverDelayTimeMillis=200", "webSocketServiceEnabled=true"];
+    let options = Options { set: set.map(String::from).to_vec(), ..Options::default() };
+    SHARED.get_or_init(async || Broker::pulsar(&options).await).await
 }
 
 impl Broker {

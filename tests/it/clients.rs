@@ -21,6 +21,7 @@ use crate::proxy::Proxy;
 
 on_both_kinds! {
     a_publish_whose_answer_was_cut_off_is_sent_again_with_its_id,
+    many_messages_go_in_few_frames_and_each_is_told_of,
     what_was_not_answered_is_sent_again_in_its_order,
     a_subscription_goes_on_over_lost_connections_without_gap_or_duplicate,
     a_pattern_goes_on_over_lost_connections_and_finds_what_appeared_meanwhile,
@@ -120,6 +121,36 @@ async fn a_publish_whose_answer_was_cut_off_is_sent_again_with_its_id(span: Span
     assert!(published.status == Status::Duplicate || published.position.is_some(), "{published:?}");
     let copies = stored(&client, "orders.p", 2).await.split_off(1);
     assert!(copies.iter().all(|copy| *copy == (id.to_string(), "1".into())), "{copies:?}");
+}
+
+async fn many_messages_go_in_few_frames_and_each_is_told_of(span: Span) {
+    let way = way_to(&span).await;
+    let client = client(&way);
+    let mut drafts: Vec<_> = (0..250).map(|n| draft(n.to_string())).collect();
+    drafts[120] = draft("x".repeat(600 * 1024));
+    let sending = client.send_all("orders.many", drafts);
+    let cutting = async { way.cut() };
+    let (results, ()) = soon(async { tokio::join!(sending, cutting) }).await;
+    assert_eq!(results.len(), 250);
+    for (n, result) in results.iter().enumerate() {
+        match result {
+            Ok(published) => assert!(published.position.is_some() || published.status == Status::Duplicate),
+            Err(SendError::NotSent { source: ClientError::Refused(error) }) => {
+                assert_eq!((n, error.code.as_str()), (120, "TOO_LARGE"));
+            }
+            Err(other) => panic!("{n}: {other:?}"),
+        }
+    }
+    assert_eq!(results.iter().filter(|result| result.is_err()).count(), 1);
+    let mut seen = BTreeSet::new();
+    let first: Vec<usize> = stored(&client, "orders.many", 249)
+        .await
+        .into_iter()
+        .filter(|(id, _)| seen.insert(id.clone()))
+        .map(|(_, payload)| payload.parse().unwrap())
+        .collect();
+    assert_eq!(first, (0..250).filter(|n| *n != 120).collect::<Vec<_>>());
+    assert_eq!(soon(client.publish_all("telemetry.many", ["a", "b"])).await.len(), 2);
 }
 
 async fn what_was_not_answered_is_sent_again_in_its_order(span: Span) {

@@ -544,11 +544,8 @@ mod moved {
     use super::*;
 
     on_both_kinds! {
-        #[ignore = "until both carriers seek"]
         a_group_goes_on_where_it_was_sent_and_forgets_what_was_held,
-        #[ignore = "until both carriers delete groups"]
         a_group_without_members_is_deleted_and_begins_anew,
-        #[ignore = "until both carriers report members"]
         members_and_what_they_hold_are_told,
     }
 }

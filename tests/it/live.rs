@@ -66,7 +66,7 @@ async fn brokers_that_are_as_the_routes_want_them_are_good() {
 }
 
 #[tokio::test]
-async fn a_namespace_that_keeps_too_little_or_is_not_there_is_told_at_the_route() {
+async fn a_namespace_that_keeps_too_little_or_is_not_there_and_a_schema_are_told_at_the_route() {
     if left_out() {
         return;
     }
@@ -76,6 +76,20 @@ async fn a_namespace_that_keeps_too_little_or_is_not_there_is_told_at_the_route(
     assert!(!good, "{out}");
     let expected = "durable lane: routes.toml:11: route `orders`: namespace public/live-short keeps messages for 60 \
                     minutes and of any size, and the route promises 7d";
+    assert!(err.contains(expected), "{err}");
+
+    let namespace = namespace(pulsar, "live-avro", -1).await;
+    let url = format!("{}/admin/v2/schemas/public/{namespace}/orders.avro/schema", pulsar.admin_url());
+    let record = r#"{"type":"record","name":"Order","fields":[{"name":"n","type":"int"}]}"#;
+    let schema = json!({ "type": "AVRO", "schema": record, "properties": {} });
+    let topic = url.replace("/schemas/", "/persistent/").replace("/schema", "");
+    assert!(http_client().put(&topic).send().await.unwrap().status().is_success());
+    assert!(http_client().post(&url).json(&schema).send().await.unwrap().status().is_success());
+    let routes = ROUTES.replace("NAMESPACE", &namespace);
+    let (good, _, err) = said(&check(&nats.url(), &pulsar.url(), &pulsar.admin_url(), &routes).await);
+    assert!(!good);
+    let expected =
+        "routes.toml:6: route `orders`: the schema of `orders.avro` is AVRO, and pulsar_schema is \"bytes\"";
     assert!(err.contains(expected), "{err}");
 
     let routes = ROUTES.replace("NAMESPACE", "live-nowhere");

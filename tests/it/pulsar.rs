@@ -19,6 +19,7 @@ use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::Topic;
 
 use crate::brokers::{Broker, left_out, shared_pulsar};
+use crate::durable_contract::groups::group_promises;
 use crate::durable_contract::{Ground, SOON, number, numbered, promises, shared, soon};
 
 mod groups;
@@ -199,4 +200,5 @@ mod contract {
     }
 
     promises!(ground);
+    group_promises!(ground);
 }

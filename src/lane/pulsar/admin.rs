@@ -34,11 +34,42 @@ struct Stats {
     subscriptions: std::collections::HashMap<String, SubscriptionStats>,
 }
 
+/// How a subscription stands.
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct SubscriptionStats {
-    #[serde(default)]
-    msg_backlog: u64,
+#[serde(rename_all = "camelCase", default)]
+pub struct SubscriptionStats {
+    /// What is not wholly acknowledged.
+    #[serde(rename = "msgBacklog")]
+    pub entries: u64,
+    /// Messages that consumers have; counted where they share.
+    #[serde(rename = "unackedMessages")]
+    pub unacked: u64,
+    /// The type of its consumers, or of its last ones.
+    #[serde(rename = "type")]
+    pub kind: String,
+    #[serde(deserialize_with = "count")]
+    pub consumers: usize,
+    pub durable: bool,
+    /// In milliseconds; none where it is not positive.
+    #[serde(rename = "earliestMsgPublishTimeInBacklog")]
+    pub oldest: i64,
+}
+
+impl Default for SubscriptionStats {
+    fn default() -> Self {
+        Self { entries: 0, unacked: 0, kind: String::new(), consumers: 0, durable: true, oldest: 0 }
+    }
+}
+
+fn count<'de, D: serde::Deserializer<'de>>(list: D) -> Result<usize, D::Error> {
+    Vec::<serde::de::IgnoredAny>::deserialize(list).map(|list| list.len())
+}
+
+/// What the broker found when it looked through a backlog, up to a bound of its own.
+#[derive(Deserialize)]
+pub struct Analyzed {
+    pub entries: u64,
+    pub messages: u64,
 }
 
 #[derive(Deserialize)]
@@ -96,20 +127,53 @@ impl Admin {
         created(response).await
     }
 
-    /// The backlog of each subscription, in entries.
-    pub async fn backlog(&self, topic: &Physical) -> Result<Vec<(String, u64)>, LaneError> {
+    /// How each subscription of a topic stands; none where there is no such topic.
+    pub async fn subscriptions(
+        &self,
+        topic: &Physical,
+    ) -> Result<std::collections::HashMap<String, SubscriptionStats>, LaneError> {
         let mut url = self.topic(topic, &["stats"])?;
-        url.query_pairs_mut().append_pair("getPreciseBacklog", "true");
+        url.query_pairs_mut()
+            .append_pair("getPreciseBacklog", "true")
+            .append_pair("getEarliestTimeInBacklog", "true")
+            .append_pair("excludePublishers", "true");
         let response = self.send(Method::GET, url, |request| request).await?;
         if response.status() == StatusCode::NOT_FOUND {
-            return Ok(Vec::new());
+            return Ok(Default::default());
         }
         let stats: Stats = succeeded(response).await?.json().await.map_err(lost)?;
-        Ok(stats
-            .subscriptions
-            .into_iter()
-            .map(|(name, subscription)| (name, subscription.msg_backlog))
-            .collect())
+        Ok(stats.subscriptions)
+    }
+
+    /// Looks through the backlog of a subscription: the broker reads it, so this is for small ones.
+    pub async fn analyze(&self, topic: &Physical, name: &str) -> Result<Analyzed, LaneError> {
+        let url = self.topic(topic, &["subscription", name, "analyzeBacklog"])?;
+        let response = self.send(Method::POST, url, |request| request.json(&Value::Null)).await?;
+        succeeded(response).await?.json().await.map_err(lost)
+    }
+
+    /// How many entries and messages were stored in a topic since its broker loaded it.
+    pub async fn stored(&self, topic: &Physical) -> Result<Analyzed, LaneError> {
+        let get = async |what| {
+            let response = self.send(Method::GET, self.topic(topic, &[what])?, |request| request).await?;
+            succeeded(response).await?.json::<Value>().await.map_err(lost)
+        };
+        let entries = get("internalStats").await?["entriesAddedCounter"].as_u64().unwrap_or_default();
+        let messages = get("stats").await?["msgInCounter"].as_u64().unwrap_or_default();
+        Ok(Analyzed { entries, messages })
+    }
+
+    /// Deletes a subscription. `false`: there was none. One with consumers is `GroupBusy`.
+    pub async fn delete_subscription(&self, topic: &Physical, name: &str) -> Result<bool, LaneError> {
+        let url = self.topic(topic, &["subscription", name])?;
+        let response = self.send(Method::DELETE, url, |request| request).await?;
+        match response.status() {
+            StatusCode::NOT_FOUND => Ok(false),
+            StatusCode::PRECONDITION_FAILED | StatusCode::CONFLICT => {
+                Err(LaneError::GroupBusy(format!("group `{name}` has members")))
+            }
+            _ => succeeded(response).await.map(|_| true),
+        }
     }
 
     /// Creates a durable subscription that begins with the oldest message. `false`: it was there.
@@ -120,23 +184,30 @@ impl Admin {
         created(self.send(Method::PUT, url, |request| request.json(&earliest)).await?).await
     }
 
-    /// Has a subscription begin with the message at a place, or with the one after it.
+    /// Has a subscription go on with the message at a place, with the one after it (`true`), or with the oldest. Its
+    /// consumers are closed: what they held is the broker's again. `false`: there is no such subscription.
     pub async fn move_subscription(
         &self,
         topic: &Physical,
         name: &str,
-        place: Place,
-        after: bool,
-    ) -> Result<(), LaneError> {
-        let to = json!({
-            "ledgerId": place.ledger,
-            "entryId": place.entry,
-            "partitionIndex": -1,
-            "batchIndex": place.index,
-            "excluded": after,
-        });
+        to: Option<(Place, bool)>,
+    ) -> Result<bool, LaneError> {
+        let to = match to {
+            Some((place, after)) => json!({
+                "ledgerId": place.ledger,
+                "entryId": place.entry,
+                "partitionIndex": -1,
+                "batchIndex": place.index,
+                "excluded": after,
+            }),
+            None => json!({ "ledgerId": -1, "entryId": -1, "partitionIndex": -1, "batchIndex": -1 }),
+        };
         let url = self.topic(topic, &["subscription", name, "resetcursor"])?;
-        succeeded(self.send(Method::POST, url, |request| request.json(&to)).await?).await.map(drop)
+        let response = self.send(Method::POST, url, |request| request.json(&to)).await?;
+        match response.status() {
+            StatusCode::NOT_FOUND => Ok(false),
+            _ => succeeded(response).await.map(|_| true),
+        }
     }
 
     /// What is said at a path below `/admin/v2`: null where nothing is set, `None` where there is no such thing.

@@ -23,8 +23,10 @@ use crate::policy::table::Compression;
 
 /// The broker hands a batch to one member of a group as a whole, so a large one leaves the others without work.
 const BATCH_MESSAGES_MAX: usize = 100;
-/// As Java's producers have it: what is larger gains nothing.
+/// As Java's producers have it.
 const BATCH_BYTES_MAX: usize = 128 << 10;
+/// Where thousands are under way nobody is without work, and larger batches cost the broker less: up to so many times.
+const BATCH_GROWTH_MAX: usize = 8;
 /// So many batches of different keys do not become fewer by waiting.
 const WAITING: usize = 8;
 /// A body up to this is copied behind its head, so that many small entries are one write.
@@ -69,7 +71,7 @@ pub struct Queue {
     stamp: Stamp,
     /// How large the last batch became: the next will be like it.
     typical: usize,
-    batch_bytes_max: usize,
+    entry_bytes_max: usize,
 }
 
 struct Batch {
@@ -95,7 +97,7 @@ impl Queue {
             keyless: None,
             stamp: Stamp::default(),
             typical: 0,
-            batch_bytes_max: entry_bytes_max.min(BATCH_BYTES_MAX),
+            entry_bytes_max,
         }
     }
 
@@ -104,12 +106,20 @@ impl Queue {
     }
 
     /// Whether the next batch gains nothing by waiting for more.
-    pub fn is_ripe(&self) -> bool {
+    pub fn is_ripe(&self, under_way: usize) -> bool {
+        let (messages_max, bytes_max) = self.limits(under_way);
         self.batches.len() > WAITING
-            || self.batches.front().is_some_and(|batch| !batch.fits(0, BATCH_BYTES_MAX / 2))
+            || self.batches.front().is_some_and(|batch| !batch.fits(0, (messages_max, bytes_max / 2)))
     }
 
-    pub fn push(&mut self, message: Message, ticket: Ticket) {
+    /// How many messages and bytes a batch takes, where so many messages of this line have no receipt.
+    fn limits(&self, under_way: usize) -> (usize, usize) {
+        let growth = (under_way / (16 * BATCH_MESSAGES_MAX)).clamp(1, BATCH_GROWTH_MAX);
+        (growth * BATCH_MESSAGES_MAX, (growth * BATCH_BYTES_MAX).min(self.entry_bytes_max))
+    }
+
+    pub fn push(&mut self, message: Message, ticket: Ticket, under_way: usize) {
+        let limits = self.limits(under_way);
         let alone = record::deliver_at(&message).is_some();
         let open = match &message.key {
             Some(key) => self.keyed.get(key).copied(),
@@ -117,15 +127,17 @@ impl Queue {
         };
         if let Some(number) = open.filter(|_| !alone)
             && let Some(batch) = self.batches.get_mut((number - self.first) as usize)
-            && batch.fits(ticket.bytes as usize, self.batch_bytes_max)
+            && batch.fits(ticket.bytes as usize, limits)
         {
             return batch.push(message, ticket, &mut self.stamp, self.typical);
         }
         let number = self.first + self.batches.len() as u64;
-        match &message.key {
-            _ if alone => {}
-            Some(key) => drop(self.keyed.insert(key.clone(), number)),
-            None => self.keyless = Some(number),
+        match (&message.key, alone) {
+            // What follows it has to stay behind it, so it joins nothing from before it.
+            (Some(key), true) => drop(self.keyed.remove(key)),
+            (None, true) => self.keyless = None,
+            (Some(key), false) => drop(self.keyed.insert(key.clone(), number)),
+            (None, false) => self.keyless = Some(number),
         }
         let bytes = ticket.bytes as usize;
         self.batches.push_back(Batch {
@@ -207,8 +219,8 @@ impl Queue {
 }
 
 impl Batch {
-    fn fits(&self, bytes: usize, bytes_max: usize) -> bool {
-        self.tickets.len() < BATCH_MESSAGES_MAX && self.bytes + bytes <= bytes_max
+    fn fits(&self, bytes: usize, (messages_max, bytes_max): (usize, usize)) -> bool {
+        self.tickets.len() < messages_max && self.bytes + bytes <= bytes_max
     }
 
     fn push(&mut self, message: Message, ticket: Ticket, stamp: &mut Stamp, typical: usize) {
@@ -371,7 +383,7 @@ mod tests {
             let message = Draft { key, payload: payload.to_owned().into(), ..Default::default() }.accept();
             let (done, receipt) = oneshot::channel();
             let bytes = record::size(&message) as u32;
-            self.queue.push(message, Ticket { done, deadline, bytes });
+            self.queue.push(message, Ticket { done, deadline, bytes }, 0);
             self.receipts.push(receipt);
         }
 

@@ -7,7 +7,7 @@ use pulsar::proto::{
     BaseCommand, CommandAck, CommandFlow, CommandGetLastMessageId, CommandRedeliverUnacknowledgedMessages,
     CommandSeek, CommandSubscribe, MessageIdData,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::fault::Fault;
 use super::session::{Delivery, Session, command, unexpected};
@@ -18,13 +18,14 @@ pub struct Consumer {
     session: Arc<Session>,
     id: u64,
     deliveries: mpsc::UnboundedReceiver<Delivery>,
+    activated: watch::Receiver<u32>,
 }
 
 impl Consumer {
     /// Subscribes. Nothing comes before the first permits are given.
     pub async fn subscribe(session: Arc<Session>, subscribe: CommandSubscribe) -> Result<Self, Fault> {
-        let (id, deliveries) = session.attach();
-        let consumer = Consumer { session, id, deliveries };
+        let (id, deliveries, activated) = session.attach();
+        let consumer = Consumer { session, id, deliveries, activated };
         let answer = consumer
             .session
             .request(|request_id| BaseCommand {
@@ -41,9 +42,28 @@ impl Consumer {
         self.deliveries.recv().await
     }
 
+    /// The next entry, as `next`, or none (within) where the broker has made this the active consumer.
+    pub async fn next_or_active(&mut self) -> Option<Option<Delivery>> {
+        tokio::select! {
+            Ok(()) = self.activated.changed() => Some(None),
+            delivery = self.deliveries.recv() => delivery.map(Some),
+        }
+    }
+
     /// What has come already.
     pub fn try_next(&mut self) -> Option<Delivery> {
         self.deliveries.try_recv().ok()
+    }
+
+    /// Closes it before its owner gets round to it.
+    pub fn closing(&self) -> impl FnOnce() + Send + 'static + use<> {
+        let (session, id) = (self.session.clone(), self.id);
+        move || session.detach(id)
+    }
+
+    /// Whether the broker has closed it, on a connection that stands: the topic moves, or its group was sought.
+    pub fn was_closed(&self) -> bool {
+        !self.session.is_lost()
     }
 
     pub async fn permit(&self, messages: u32) -> Result<(), Fault> {

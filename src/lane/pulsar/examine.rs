@@ -10,8 +10,12 @@ use super::names::Physical;
 use crate::lane::contract::LaneError;
 use crate::message::Lane;
 use crate::origin::Problem;
-use crate::policy::table::RouteTable;
+use crate::policy::table::{Route, RouteTable, Written};
+use crate::topic::Topic;
 use crate::units;
+
+/// So many topics of a route are asked for their schema.
+const SCHEMAS_MAX: usize = 500;
 
 /// What a namespace keeps of what is acknowledged, or of topics that nobody subscribes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +59,40 @@ pub async fn examine(admin: &Admin, table: &RouteTable) -> Result<Vec<Problem>, 
                 kept.words(),
             );
             problems.push(Problem::new(at("retention"), message));
+        }
+    }
+    Ok(problems)
+}
+
+/// The topics of a route whose registered schema is not what the route says of them.
+pub async fn schemas(
+    admin: &Admin,
+    route: &Route,
+    written: &Written,
+    topics: Vec<Topic>,
+) -> Result<Vec<Problem>, LaneError> {
+    let mut problems = Vec::new();
+    for topic in topics.into_iter().take(SCHEMAS_MAX) {
+        let physical = Physical::of(route, &topic)?;
+        let mut path = vec!["schemas"];
+        path.extend(physical.namespace().split('/'));
+        path.extend([physical.local(), "schema"]);
+        let found = admin.get(&path).await?.unwrap_or_default();
+        let kind = found["type"].as_str().unwrap_or("NONE");
+        let fits =
+            matches!(kind, "NONE" | "BYTES") || kind.eq_ignore_ascii_case(route.pulsar_schema.as_str());
+        if !fits {
+            let says = route.pulsar_schema.as_str();
+            let what_to_do = match kind {
+                "JSON" | "STRING" => format!("write pulsar_schema = \"{}\"", kind.to_lowercase()),
+                _ => "only JSON, string and bytes can be published here".to_owned(),
+            };
+            let message = format!(
+                "route `{}`: the schema of `{topic}` is {kind}, and pulsar_schema is \"{says}\": {what_to_do}",
+                route.name
+            );
+            let at = written.options.get("pulsar_schema").unwrap_or(&written.route).clone();
+            problems.push(Problem::new(at, message));
         }
     }
     Ok(problems)

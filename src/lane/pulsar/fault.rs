@@ -58,6 +58,11 @@ impl Fault {
         matches!(self, Fault::Refused { error: ServerError::TopicNotFound, .. })
     }
 
+    /// The subscription has its consumer, or is of another type.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Fault::Refused { error: ServerError::ConsumerBusy, .. })
+    }
+
     /// The lane's error, where nothing was sent or stored.
     pub fn on_lane(self) -> LaneError {
         use ServerError as E;

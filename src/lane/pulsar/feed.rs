@@ -32,7 +32,8 @@ const RECORDS: usize = 256;
 /// A feed that has an end and hears nothing for so long asks whether the end is still stored.
 const SILENCE: Duration = Duration::from_secs(5);
 
-const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+/// A topic that moves to another broker is served again after some ten milliseconds.
+const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
 /// Waits between attempts: longer each time, and not in step with others.

@@ -1,4 +1,4 @@
-//! A place in a group: a `Shared` subscription of Pulsar's, one consumer for each partition.
+//! A place in a group: a subscription of Pulsar's, one consumer for each partition.
 //!
 //! ```text
 //! partition 0 ──share──▶ ┐                 ┌──▶ next
@@ -9,27 +9,30 @@
 //! partition's consumer and does the settling (see `share`).
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::future::try_join_all;
 use pulsar::proto::command_subscribe::InitialPosition;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Barrier, Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::admin::Admin;
 use super::fault::Fault;
 use super::feed::{Backoff, From};
+use super::held::Lost;
 use super::names::Physical;
 use super::read::{Plan, Source};
-use super::share::{Settle, Share};
-use crate::lane::contract::{Handed, LaneError, Member, Tag};
+use super::share::{Membership, Settle, Share, partition_of};
+use crate::lane::contract::{Handed, Joining, LaneError, Member, Tag};
 use crate::message::Start;
 
 /// Acks and nacks that wait for a share. The member waits while it is full.
 const SETTLING: usize = 64;
+/// How long a seek waits for each of a member's shares to stand still.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Partitions are only ever added, and rarely.
 const GROWTH_EVERY: Duration = Duration::from_secs(60);
 
@@ -48,6 +51,10 @@ struct Papers {
     /// What the client has and has not settled.
     held: HashSet<Tag>,
     failed: Option<LaneError>,
+    /// How many messages of each partition are acknowledged in entries of which others are left.
+    within: BTreeMap<u32, u64>,
+    /// Closes each partition's consumer.
+    closing: BTreeMap<u32, Box<dyn FnOnce() + Send>>,
 }
 
 impl Desk {
@@ -65,13 +72,54 @@ impl Desk {
         let mut papers = self.papers();
         let mut withdrawn = Vec::new();
         papers.ready.retain(|ready| match ready {
-            Ok(handed) if handed.tag.partition == partition => {
+            Ok(handed) if partition_of(&handed.tag) == partition => {
                 withdrawn.push(handed.tag);
                 false
             }
             _ => true,
         });
         withdrawn
+    }
+
+    /// What a share handed out is the client's no more.
+    pub fn forget(&self, partition: u32) {
+        let mut papers = self.papers();
+        papers.ready.retain(|ready| match ready {
+            Ok(handed) => partition_of(&handed.tag) != partition,
+            Err(_) => true,
+        });
+        papers.held.retain(|tag| partition_of(tag) != partition);
+        drop(papers);
+        self.changed.notify_one();
+    }
+
+    /// Nothing of what was handed out is the client's any more.
+    pub fn forget_all(&self) {
+        let mut papers = self.papers();
+        papers.ready.retain(Result::is_err);
+        papers.held.clear();
+        drop(papers);
+        self.changed.notify_one();
+    }
+
+    pub fn count_within(&self, partition: u32, acked: u64) {
+        self.papers().within.insert(partition, acked);
+    }
+
+    /// How many messages are acknowledged that the broker still counts, because of others of their entries.
+    pub fn acked_within(&self) -> u64 {
+        self.papers().within.values().sum()
+    }
+
+    /// How a partition's consumer is closed once the member leaves.
+    pub fn opened(&self, partition: u32, close: impl FnOnce() + Send + 'static) {
+        self.papers().closing.insert(partition, Box::new(close));
+    }
+
+    /// What the member holds or may take at once.
+    pub fn unsettled(&self) -> u64 {
+        let papers = self.papers();
+        (papers.held.len() + papers.ready.len()).min(self.prefetch) as u64
     }
 
     pub fn fail(&self, error: LaneError) {
@@ -111,42 +159,96 @@ impl Desk {
     }
 }
 
+/// Each partition's share.
+type Shares = Arc<Mutex<BTreeMap<u32, mpsc::Sender<Settle>>>>;
+
 pub struct GroupMember {
     desk: Arc<Desk>,
-    /// Each partition's share.
-    shares: Arc<Mutex<BTreeMap<u32, mpsc::Sender<Settle>>>>,
+    shares: Shares,
     timeout: Duration,
     /// Ends with the member, and the consumers with it: the broker gives what they held to others.
     _run: AbortOnDropHandle<()>,
 }
 
-pub async fn join(
-    source: Source,
-    admin: &Admin,
-    group: &str,
-    start: Start,
-    prefetch: u32,
-    timeout: Duration,
-) -> Result<GroupMember, LaneError> {
-    if group.is_empty() {
-        return Err(LaneError::BadRequest("a group needs a name".into()));
-    }
-    let initial = match start {
-        Start::Latest => InitialPosition::Latest,
-        Start::Earliest => InitialPosition::Earliest,
-        start => {
-            begin_at(&source, admin, group, start).await?;
-            InitialPosition::Earliest
+/// What others on this bridge may do with a member.
+#[derive(Clone)]
+pub struct Colleague {
+    pub desk: Weak<Desk>,
+    shares: Weak<Mutex<BTreeMap<u32, mpsc::Sender<Settle>>>>,
+}
+
+impl GroupMember {
+    pub async fn join(
+        source: Source,
+        admin: &Admin,
+        joining: Joining,
+        standing: i32,
+        lost: Arc<Lost>,
+        timeout: Duration,
+    ) -> Result<GroupMember, LaneError> {
+        let Joining { group, mode, start, prefetch } = joining;
+        if group.is_empty() {
+            return Err(LaneError::BadRequest("a group needs a name".into()));
         }
-    };
-    let desk = Arc::new(Desk::new(prefetch));
-    let member = Join { source, group: group.into(), prefetch, desk: desk.clone() };
-    let opened = member.source.parts().into_iter().map(|(number, name)| member.share(number, name, initial));
-    let opened = try_join_all(opened).await.map_err(Fault::on_lane)?;
-    let shares = Arc::new(Mutex::new(BTreeMap::new()));
-    let run = AbortOnDropHandle::new(tokio::spawn(member.run(opened, shares.clone())));
-    // `run` fills in the shares before it first waits; what is settled was handed out by one of them.
-    Ok(GroupMember { desk, shares, timeout, _run: run })
+        let initial = match start {
+            Start::Latest => InitialPosition::Latest,
+            Start::Earliest => InitialPosition::Earliest,
+            start => {
+                begin_at(&source, admin, &group, start).await?;
+                InitialPosition::Earliest
+            }
+        };
+        let desk = Arc::new(Desk::new(prefetch));
+        let membership = Membership { group: group.into(), mode, standing, lost };
+        let member = Join { source, membership, prefetch, desk: desk.clone() };
+        let mut parts = member.source.parts().into_iter();
+        let mut opened = Vec::new();
+        if let Some((number, name)) = parts.next() {
+            // Whoever has the first partition has them all: two that want the group alone do not both fail.
+            opened.push(member.share(number, name, initial).await.map_err(Fault::on_lane)?);
+        }
+        let others = parts.map(|(number, name)| member.share(number, name, initial));
+        opened.extend(try_join_all(others).await.map_err(Fault::on_lane)?);
+        let shares = Shares::default();
+        let run = AbortOnDropHandle::new(tokio::spawn(member.run(opened, shares.clone())));
+        // `run` fills in the shares before it first waits; what is settled was handed out by one of them.
+        Ok(GroupMember { desk, shares, timeout, _run: run })
+    }
+
+    pub fn colleague(&self) -> Colleague {
+        Colleague { desk: Arc::downgrade(&self.desk), shares: Arc::downgrade(&self.shares) }
+    }
+}
+
+impl Drop for GroupMember {
+    fn drop(&mut self) {
+        // At once, so that whoever joins next finds the place free; the shares end when their tasks do.
+        let closing = std::mem::take(&mut self.desk.papers().closing);
+        closing.into_values().for_each(|close| close());
+    }
+}
+
+impl Colleague {
+    /// Has the member's shares wait until what is returned is used or dropped; a share that has no connection just now waits
+    /// for none.
+    pub async fn pause(&self) -> Vec<oneshot::Sender<Arc<Barrier>>> {
+        let shares: Vec<_> = match self.shares.upgrade() {
+            Some(shares) => shares.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect(),
+            None => return Vec::new(),
+        };
+        let mut paused = Vec::new();
+        for share in shares {
+            let ((waits, waiting), (done, sought)) = (oneshot::channel(), oneshot::channel());
+            let asked = async {
+                if share.send(Settle::Seek { waits, sought }).await.is_ok() {
+                    let _ = waiting.await;
+                }
+            };
+            let _ = tokio::time::timeout(PAUSE, asked).await;
+            paused.push(done);
+        }
+        paused
+    }
 }
 
 /// Creates the group at a place that subscribing has no word for; one that exists goes on where it stood.
@@ -154,26 +256,42 @@ async fn begin_at(source: &Source, admin: &Admin, group: &str, start: Start) -> 
     // The group begins before it exists: what is stored between the two must not be missed.
     let plan = Plan::make(source, admin, start).await?;
     for (number, physical) in source.parts() {
-        if !admin.create_subscription(&physical, group).await? {
-            continue;
-        }
-        match plan.from.get(&number) {
-            Some(From::At(place)) => admin.move_subscription(&physical, group, *place, false).await?,
-            Some(From::After(place)) => admin.move_subscription(&physical, group, *place, true).await?,
-            Some(From::Time(time)) => {
-                if let Some(place) = admin.at_time(&physical, *time).await? {
-                    admin.move_subscription(&physical, group, place, false).await?;
-                }
-            }
-            Some(From::Earliest) | None => {}
+        if admin.create_subscription(&physical, group).await? {
+            go_to(admin, &physical, group, plan.from.get(&number)).await?;
         }
     }
     Ok(())
 }
 
+/// Has the group go on from `start` in every partition. `false`: there is no such group.
+pub async fn seek(source: &Source, admin: &Admin, group: &str, start: Start) -> Result<bool, LaneError> {
+    let plan = Plan::make(source, admin, start).await?;
+    let mut found = false;
+    for (number, physical) in source.parts() {
+        found |= go_to(admin, &physical, group, plan.from.get(&number)).await?;
+    }
+    Ok(found)
+}
+
+/// `false`: there is no such subscription.
+async fn go_to(
+    admin: &Admin,
+    physical: &Physical,
+    group: &str,
+    from: Option<&From>,
+) -> Result<bool, LaneError> {
+    let to = match from {
+        Some(From::At(place)) => Some((*place, false)),
+        Some(From::After(place)) => Some((*place, true)),
+        Some(From::Time(time)) => admin.at_time(physical, *time).await?.map(|place| (place, false)),
+        Some(From::Earliest) | None => None,
+    };
+    admin.move_subscription(physical, group, to).await
+}
+
 struct Join {
     source: Source,
-    group: Arc<str>,
+    membership: Membership,
     prefetch: u32,
     desk: Arc<Desk>,
 }
@@ -194,7 +312,7 @@ impl Join {
         let share = Share::subscribe(
             self.source.cluster.clone(),
             (self.source.topic.clone(), number, physical),
-            self.group.clone(),
+            &self.membership,
             initial,
             quota.max(1),
             self.desk.clone(),
@@ -205,7 +323,7 @@ impl Join {
     }
 
     /// Runs the shares, and one for each partition that is added.
-    async fn run(self, opened: Vec<Opened>, shares: Arc<Mutex<BTreeMap<u32, mpsc::Sender<Settle>>>>) {
+    async fn run(self, opened: Vec<Opened>, shares: Shares) {
         let mut tasks = JoinSet::new();
         let begin = |tasks: &mut JoinSet<()>, (number, share, settle): Opened| {
             shares.lock().unwrap_or_else(PoisonError::into_inner).insert(number, settle);
@@ -240,7 +358,7 @@ impl GroupMember {
     fn by_share(&self, tags: Vec<Tag>) -> Vec<(mpsc::Sender<Settle>, Vec<Tag>)> {
         let mut parts: BTreeMap<u32, Vec<Tag>> = BTreeMap::new();
         for tag in tags {
-            parts.entry(tag.partition).or_default().push(tag);
+            parts.entry(partition_of(&tag)).or_default().push(tag);
         }
         let shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
         parts

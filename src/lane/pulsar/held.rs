@@ -3,7 +3,8 @@
 //! An entry may be a batch, and Pulsar's `ack_set` says which of it are left: a bit for each message, the low ones
 //! first, in words of 64; no word at all: all are.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::message::Envelope;
 
@@ -40,18 +41,78 @@ pub enum State {
     /// Nacked, until its time has come.
     Waiting,
     Acked,
+    /// Acknowledged, and confirmed to an earlier subscription: where it comes again, the broker has gone back.
+    Done,
+}
+
+/// Deliveries that are remembered for whoever gets their messages next.
+const LOST: usize = 10_000;
+
+/// How often the members of a group on this bridge were handed what they then lost, with their connection or by leaving:
+/// whoever gets it next counts on.
+#[derive(Default)]
+pub struct Lost(Mutex<BTreeMap<(u32, Key, usize), u32>>);
+
+impl Lost {
+    pub fn add(&self, partition: u32, key: Key, held: &Held) {
+        // What is acknowledged and not confirmed may come again, too.
+        let may_come = |slot: &Slot| slot.attempt > 0 && (slot.is_left() || held.acking > 0);
+        let counted = held.slots.iter().enumerate().filter(|(_, slot)| may_come(slot));
+        let mut lost = self.lock();
+        for (index, slot) in counted {
+            lost.insert((partition, key, index), slot.attempt);
+            if lost.len() > LOST {
+                lost.pop_first();
+            }
+        }
+    }
+
+    /// 0 where nobody had it.
+    pub fn take(&self, partition: u32, key: Key, index: usize) -> u32 {
+        let mut lost = self.lock();
+        if lost.is_empty() { 0 } else { lost.remove(&(partition, key, index)).unwrap_or_default() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    pub fn clear(&self) {
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(u32, Key, usize), u32>> {
+        // The table is whole between any two statements, so a panic elsewhere spoils nothing.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Held {
+    /// How many messages are acknowledged of an entry of which others are left.
+    pub fn acked_within(&self) -> u64 {
+        let left = self.slots.iter().filter(|slot| slot.is_left()).count();
+        if left == 0 { 0 } else { (self.slots.len() - left) as u64 }
+    }
+
+    /// Whether the broker delivers what it once confirmed as acknowledged; the set says which of it it delivers.
+    pub fn came_back(&self, unacked: &[i64]) -> bool {
+        let came = self.slots.iter().enumerate().filter(|(index, _)| is_unacked(unacked, *index));
+        came.into_iter().any(|(_, slot)| slot.state == State::Done)
+    }
+
     pub fn is_idle(&self) -> bool {
         self.acking == 0 && self.slots.iter().all(Slot::is_settled)
     }
 }
 
 impl Slot {
+    pub fn is_left(&self) -> bool {
+        !matches!(self.state, State::Acked | State::Done)
+    }
+
     /// Neither with the client nor about to be.
     pub fn is_settled(&self) -> bool {
-        matches!(self.state, State::Acked | State::Gone)
+        !matches!(self.state, State::Out | State::Waiting)
     }
 }
 

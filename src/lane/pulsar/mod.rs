@@ -24,7 +24,7 @@ use super::contract::{
 };
 use super::settings::DurableSettings;
 use super::tail::Tail;
-use crate::message::{GroupMode, Lane, Message, Start};
+use crate::message::{Lane, Message, Start};
 use crate::origin::Problem;
 use crate::policy::Policy;
 use crate::policy::table::Route;
@@ -45,6 +45,7 @@ mod find;
 mod follow;
 mod frame;
 mod group;
+mod groups;
 mod health;
 mod held;
 mod names;
@@ -63,6 +64,7 @@ use cluster::Cluster;
 use credentials::Credentials;
 use fault::Fault;
 use follow::Tails;
+use groups::Groups;
 use health::{Canary, Health};
 use names::Physical;
 use read::{Plan, Source, TopicReader};
@@ -79,6 +81,7 @@ pub struct PulsarLane {
     producers: Arc<Producers>,
     canary: Arc<Canary>,
     tails: Tails,
+    groups: Groups,
     publish_timeout: Duration,
     state: watch::Receiver<LaneState>,
     stop: CancellationToken,
@@ -121,6 +124,7 @@ impl PulsarLane {
             producers,
             canary,
             tails: Tails::default(),
+            groups: Groups::default(),
             publish_timeout: settings.publish_timeout,
             state,
             _end: stop.clone().drop_guard(),
@@ -132,6 +136,38 @@ impl PulsarLane {
         self.up()?;
         let physical = Physical::of(route, topic)?;
         Source::find(self.cluster.clone(), topic.clone(), physical).await.map_err(Fault::on_lane)
+    }
+
+    /// The topics that match, whether or not the lane counts as up.
+    async fn stored(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
+        let table = self.policy.table();
+        // The namespaces that topics of this pattern can be in, each asked once.
+        let mut templates: BTreeMap<String, Vec<Arc<Route>>> = BTreeMap::new();
+        for route in table.overlapping(pattern).filter(|route| route.lane == Lane::Durable) {
+            let sample = Physical::parse(route.pulsar.apply("x")).ok_or_else(|| {
+                LaneError::BadRequest(format!("route `{}` names no Pulsar topic", route.name))
+            })?;
+            templates.entry(sample.namespace().to_owned()).or_default().push(route.clone());
+        }
+        let mut found = BTreeSet::new();
+        for (namespace, routes) in templates {
+            let names = match self.cluster.topics(&namespace).await {
+                Ok(names) => names,
+                // A namespace that is not there has no topics.
+                Err(fault) if fault.is_not_found() => continue,
+                Err(fault) => return Err(fault.on_lane()),
+            };
+            for physical in names.into_iter().filter_map(Physical::parse).map(Physical::whole) {
+                found.extend(routes.iter().filter_map(|route| {
+                    let topic = Topic::parse(route.pulsar.unapply(physical.as_str())?).ok()?;
+                    let wins = table
+                        .route_for(&topic)
+                        .is_some_and(|winner| winner.lane == Lane::Durable && winner.pulsar == route.pulsar);
+                    (wins && pattern.matches(&topic)).then_some(topic)
+                }));
+            }
+        }
+        Ok(found.into_iter().collect())
     }
 
     fn up(&self) -> Result<(), LaneError> {
@@ -172,53 +208,29 @@ impl DurableLane for PulsarLane {
         topic: &Topic,
         joining: Joining,
     ) -> Result<Box<dyn Member>, LaneError> {
-        let Joining { group, mode, start, prefetch } = joining;
-        if mode != GroupMode::Shared {
-            return Err(LaneError::BadRequest(format!("mode {} is not in this build yet", mode.as_str())));
-        }
         let source = self.source(route, topic).await?;
-        let member = group::join(source, &self.admin, &group, start, prefetch, self.publish_timeout).await?;
-        Ok(Box::new(member))
+        self.groups.join(source, &self.admin, joining, self.publish_timeout).await
     }
 
-    async fn seek(&self, _: &Arc<Route>, _: &Topic, _: &str, _: Start) -> Result<(), LaneError> {
-        Err(LaneError::BadRequest("seek is not in this build yet".into()))
+    async fn seek(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        group: &str,
+        start: Start,
+    ) -> Result<(), LaneError> {
+        let source = self.source(route, topic).await?;
+        self.groups.seek(&source, &self.admin, group, start).await
     }
 
-    async fn delete_group(&self, _: &Arc<Route>, _: &Topic, _: &str) -> Result<bool, LaneError> {
-        Err(LaneError::BadRequest("deleting a group is not in this build yet".into()))
+    async fn delete_group(&self, route: &Arc<Route>, topic: &Topic, group: &str) -> Result<bool, LaneError> {
+        let source = self.source(route, topic).await?;
+        self.groups.delete(&source, &self.admin, group).await
     }
 
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
         self.up()?;
-        let table = self.policy.table();
-        // The namespaces that topics of this pattern can be in, each asked once.
-        let mut templates: BTreeMap<String, Vec<Arc<Route>>> = BTreeMap::new();
-        for route in table.overlapping(pattern).filter(|route| route.lane == Lane::Durable) {
-            let sample = Physical::parse(route.pulsar.apply("x")).ok_or_else(|| {
-                LaneError::BadRequest(format!("route `{}` names no Pulsar topic", route.name))
-            })?;
-            templates.entry(sample.namespace().to_owned()).or_default().push(route.clone());
-        }
-        let mut found = BTreeSet::new();
-        for (namespace, routes) in templates {
-            let names = match self.cluster.topics(&namespace).await {
-                Ok(names) => names,
-                // A namespace that is not there has no topics.
-                Err(fault) if fault.is_not_found() => continue,
-                Err(fault) => return Err(fault.on_lane()),
-            };
-            for physical in names.into_iter().filter_map(Physical::parse).map(Physical::whole) {
-                found.extend(routes.iter().filter_map(|route| {
-                    let topic = Topic::parse(route.pulsar.unapply(physical.as_str())?).ok()?;
-                    let wins = table
-                        .route_for(&topic)
-                        .is_some_and(|winner| winner.lane == Lane::Durable && winner.pulsar == route.pulsar);
-                    (wins && pattern.matches(&topic)).then_some(topic)
-                }));
-            }
-        }
-        Ok(found.into_iter().collect())
+        self.stored(pattern).await
     }
 
     async fn create(&self, route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError> {
@@ -232,27 +244,20 @@ impl DurableLane for PulsarLane {
 
     async fn groups(&self, route: &Arc<Route>, topic: &Topic) -> Result<Vec<GroupReport>, LaneError> {
         let source = self.source(route, topic).await?;
-        let mut groups: BTreeMap<String, u64> = BTreeMap::new();
-        for (_, physical) in source.parts() {
-            for (group, entries) in self.admin.backlog(&physical).await? {
-                *groups.entry(group).or_default() += entries;
-            }
-        }
-        Ok(groups
-            .into_iter()
-            .map(|(name, backlog)| GroupReport {
-                name,
-                mode: None,
-                members: 0,
-                backlog,
-                unacked: 0,
-                oldest: None,
-            })
-            .collect())
+        self.groups.report(&source, &self.admin).await
     }
 
     async fn examine(&self) -> Result<Vec<Problem>, LaneError> {
-        examine::examine(&self.admin, &self.policy.table()).await
+        let table = self.policy.table();
+        let mut problems = examine::examine(&self.admin, &table).await?;
+        if problems.is_empty() {
+            // Topics can be asked for once their namespaces are there.
+            for (route, written) in table.entries().filter(|(route, _)| route.lane == Lane::Durable) {
+                let topics = self.stored(&route.pattern).await?;
+                problems.extend(examine::schemas(&self.admin, route, written, topics).await?);
+            }
+        }
+        Ok(problems)
     }
 
     async fn probe(&self) -> Result<Duration, LaneError> {

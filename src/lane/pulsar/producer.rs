@@ -154,7 +154,7 @@ impl Producer {
         if state.closed {
             return Some((message, ticket));
         }
-        state.queue.push(message, ticket);
+        state.queue.push(message, ticket, self.room.taken());
         self.go_on(&mut state);
         None
     }
@@ -166,7 +166,9 @@ impl Producer {
         }
         match &state.attached {
             Some(attached) => {
-                if (state.sent < state.in_flight.len() || state.may_send_more()) && !state.marked {
+                if (state.sent < state.in_flight.len() || state.may_send_more(self.room.taken()))
+                    && !state.marked
+                {
                     state.marked = true;
                     attached.session.is_ready(self.id);
                 }
@@ -257,20 +259,24 @@ impl Producer {
     }
 
     async fn schema(&self, session: &Session, asked: PulsarSchema) -> Result<Option<Schema>, Fault> {
+        let refused = |found: Schema| {
+            let (kind, says) = (found.r#type().as_str_name(), asked.as_str());
+            let text = format!("the topic's schema is {kind}, and its route says pulsar_schema = \"{says}\"");
+            Fault::refused(ServerError::IncompatibleSchema as i32, text)
+        };
         match asked {
-            PulsarSchema::Bytes => Ok(None),
+            // A broker takes bytes for any schema, unless it is told to be strict; whoever reads Avro finds no Avro.
+            PulsarSchema::Bytes => match session.schema(self.physical.as_str()).await? {
+                Some(found) if !is_text_or_bytes(found.r#type()) => Err(refused(found)),
+                _ => Ok(None),
+            },
             PulsarSchema::String => {
                 let kind = schema::Type::String as i32;
                 Ok(Some(Schema { name: "String".into(), r#type: kind, ..Default::default() }))
             }
             // One made up here would say nothing of the fields, and would keep out those that do.
             PulsarSchema::Json => match session.schema(self.physical.as_str()).await? {
-                Some(found) if found.r#type() != schema::Type::Json => {
-                    let kind = found.r#type().as_str_name();
-                    let text =
-                        format!("the topic's schema is {kind}, and its route says pulsar_schema = \"json\"");
-                    Err(Fault::refused(ServerError::IncompatibleSchema as i32, text))
-                }
+                Some(found) if found.r#type() != schema::Type::Json => Err(refused(found)),
                 found => Ok(found),
             },
         }
@@ -432,10 +438,10 @@ impl State {
         self.queue.is_empty() && self.in_flight.is_empty()
     }
 
-    fn may_send_more(&self) -> bool {
+    fn may_send_more(&self, under_way: usize) -> bool {
         let in_flight = self.in_flight.len();
         !self.queue.is_empty()
-            && (in_flight < IN_FLIGHT || in_flight < IN_FLIGHT_RIPE && self.queue.is_ripe())
+            && (in_flight < IN_FLIGHT || in_flight < IN_FLIGHT_RIPE && self.queue.is_ripe(under_way))
     }
 
     fn fail(&mut self, waiting: &LaneError, sent: &LaneError) -> Freed {
@@ -461,7 +467,7 @@ impl Outlet for Producer {
         state.marked = false;
         loop {
             if state.sent == state.in_flight.len() {
-                if !state.may_send_more() {
+                if !state.may_send_more(self.room.taken()) {
                     return;
                 }
                 let State { options, queue, name, schema_version, next, in_flight, .. } = &mut *state;
@@ -562,4 +568,10 @@ fn sent_and_then(fault: &Fault) -> LaneError {
 /// Where an entry is; a broker that knew it already does not say.
 fn stored_at(receipt: &CommandSendReceipt) -> Option<&MessageIdData> {
     receipt.message_id.as_ref().filter(|id| id.ledger_id != u64::MAX)
+}
+
+/// Whether what a client publishes can be what the schema says without being encoded anew.
+fn is_text_or_bytes(kind: schema::Type) -> bool {
+    use schema::Type::{Json, None, String};
+    matches!(kind, None | String | Json)
 }

@@ -212,6 +212,7 @@ struct Single {
     key: Option<String>,
     key_is_base64: bool,
     event_time: Option<u64>,
+    deliver_at: Option<i64>,
     payload: Bytes,
 }
 
@@ -229,6 +230,7 @@ fn messages(metadata: &MessageMetadata, data: Bytes) -> Result<Vec<(u32, Single)
             key: metadata.partition_key.clone(),
             key_is_base64: metadata.partition_key_b64_encoded(),
             event_time: metadata.event_time,
+            deliver_at: metadata.deliver_at_time,
             payload: data,
         };
         return Ok(vec![(0, single)]);
@@ -246,6 +248,8 @@ fn messages(metadata: &MessageMetadata, data: Bytes) -> Result<Vec<(u32, Single)
                 properties: single.properties,
                 key: single.partition_key,
                 event_time: single.event_time,
+                // A batch is delayed as a whole.
+                deliver_at: metadata.deliver_at_time,
                 payload,
             },
         ));
@@ -323,7 +327,8 @@ impl Single {
         };
         let event_time = self.event_time.filter(|time| *time > 0);
         let event_time = event_time.and_then(|time| i64::try_from(time).ok()).map(Timestamp::from_millis);
-        Message { id: Some(id), ts, payload: self.payload, key, headers, event_time, deliver_at: None }
+        let deliver_at = self.deliver_at.filter(|time| *time > 0).map(Timestamp::from_millis);
+        Message { id: Some(id), ts, payload: self.payload, key, headers, event_time, deliver_at }
     }
 }
 

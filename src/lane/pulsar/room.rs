@@ -41,6 +41,11 @@ impl Room {
         }
     }
 
+    /// How many messages take room.
+    pub fn taken(&self) -> usize {
+        self.messages_max - self.messages.available_permits()
+    }
+
     /// Returns once nothing takes room.
     pub async fn is_free(&self) {
         // Fails only where it is closed, and nobody closes it.

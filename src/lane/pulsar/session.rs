@@ -31,7 +31,7 @@ use pulsar::proto::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -100,9 +100,15 @@ struct Shared {
 #[derive(Default)]
 struct Users {
     waiting: HashMap<u64, oneshot::Sender<Result<BaseCommand, Fault>>>,
-    consumers: HashMap<u64, mpsc::UnboundedSender<Delivery>>,
+    consumers: HashMap<u64, Attached>,
     outlets: HashMap<u64, (u64, Arc<dyn Outlet>)>,
     lost: Option<String>,
+}
+
+struct Attached {
+    deliver: mpsc::UnboundedSender<Delivery>,
+    /// How often the broker made it the active one.
+    active: watch::Sender<u32>,
 }
 
 impl Session {
@@ -366,11 +372,12 @@ impl Session {
     }
 
     /// A consumer's number, and what the broker will send it. Bounded by the permits that its owner gives.
-    pub fn attach(&self) -> (u64, mpsc::UnboundedReceiver<Delivery>) {
+    pub fn attach(&self) -> (u64, mpsc::UnboundedReceiver<Delivery>, watch::Receiver<u32>) {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (deliver, deliveries) = mpsc::unbounded_channel();
-        self.shared.users().consumers.insert(id, deliver);
-        (id, deliveries)
+        let (active, activated) = watch::channel(0);
+        self.shared.users().consumers.insert(id, Attached { deliver, active });
+        (id, deliveries, activated)
     }
 
     /// Closes a consumer at the broker, unless the broker has closed it.
@@ -596,7 +603,7 @@ impl Incoming {
                 };
                 if let Some(consumer) = self.shared.users().consumers.get(&message.consumer_id) {
                     // Its owner is gone just now: the broker is told by the owner's end.
-                    let _ = consumer.send(delivery);
+                    let _ = consumer.deliver.send(delivery);
                 }
                 return Ok(());
             }
@@ -604,6 +611,12 @@ impl Incoming {
         };
         if let Some(closed) = &command.close_consumer {
             self.shared.users().consumers.remove(&closed.consumer_id);
+        } else if let Some(change) = &command.active_consumer_change {
+            if let Some(consumer) = self.shared.users().consumers.get(&change.consumer_id)
+                && change.is_active()
+            {
+                consumer.active.send_modify(|times| *times += 1);
+            }
         } else if let Some(closed) = &command.close_producer {
             let outlet = self.shared.users().outlets.remove(&closed.producer_id);
             if let Some((epoch, outlet)) = outlet {

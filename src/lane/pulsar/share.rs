@@ -6,6 +6,9 @@
 //! broker ─▶ out ──nack──▶ waiting ──(alone in its entry)──▶ gone ─▶ broker delivers it to any member
 //!            └───ack───▶ acked ──▶ kept until the broker has confirmed, and a while longer
 //! ```
+//! Shared and key-shared subscriptions give back one entry alone. The others keep what is nacked here until its time has
+//! come: where the order counts Pulsar would rewind everything.
+//!
 //! Pulsar acknowledges entries, and an entry may be a batch. So each acknowledgement says which of the batch are left
 //! (`ack_set`), and what the broker delivers again is held against what was acknowledged here: it may have been sent
 //! before the acknowledgement arrived.
@@ -18,8 +21,8 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use pulsar::proto::command_subscribe::{InitialPosition, SubType};
-use pulsar::proto::{CommandSubscribe, MessageIdData};
-use tokio::sync::{mpsc, oneshot};
+use pulsar::proto::{CommandSubscribe, KeySharedMeta, KeySharedMode, MessageIdData};
+use tokio::sync::{Barrier, mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -28,24 +31,67 @@ use super::consumer::Consumer;
 use super::fault::Fault;
 use super::feed::Backoff;
 use super::group::Desk;
-use super::held::{Held, Key, Slot, State, is_unacked, unacked_set};
+use super::held::{Held, Key, Lost, Slot, State, is_unacked, unacked_set};
 use super::names::Physical;
 use super::record::{self, Record};
 use super::session::Delivery;
-use crate::lane::contract::{Handed, Tag};
-use crate::message::{Envelope, Message, Place, Position, Stored, Timestamp};
+use crate::lane::contract::{Handed, LaneError, Tag};
+use crate::message::{Envelope, GroupMode, Message, Place, Position, Stored, Timestamp};
 use crate::topic::Topic;
 
 /// Settled entries that are remembered, so that a late copy of one is known.
 const PAST: usize = 4096;
 /// Waiting messages that take no room of the prefetch; what is nacked beyond does.
 const WAITING_FREE: usize = 10_000;
+/// The same where a copy is kept here.
+const KEPT_FREE: usize = 1000;
+/// A broker that has not noticed yet that our last connection broke takes our old consumer for another. It asks every
+/// connection for a sign of life each 30 s, and ends it after the second time.
+const BUSY_FOR: Duration = Duration::from_secs(75);
+/// A topic that moves just now is served again within this time.
+const SETTLE_DOWN: Duration = Duration::from_secs(3);
+/// How long the members that were sought wait for each other.
+const MEET: Duration = Duration::from_millis(500);
 /// Commands and events taken in one go.
 const TURN: usize = 256;
 
 pub enum Settle {
-    Ack { tags: Vec<Tag>, done: oneshot::Sender<()> },
-    Nack { tags: Vec<Tag>, delay: Duration },
+    Ack {
+        tags: Vec<Tag>,
+        done: oneshot::Sender<()>,
+    },
+    Nack {
+        tags: Vec<Tag>,
+        delay: Duration,
+    },
+    /// The group is about to be sought: the share says that it waits, and waits until it was. What it gets then is
+    /// where all of them meet before anything comes: else the first one back would have everything.
+    Seek {
+        waits: oneshot::Sender<()>,
+        sought: oneshot::Receiver<Arc<Barrier>>,
+    },
+}
+
+/// The tags of one share. What was handed out before a seek has another number than what comes after it, so a late
+/// acknowledgement of the one is none of the other.
+#[derive(Clone, Copy)]
+struct Tags {
+    partition: u32,
+    seeks: u16,
+}
+
+/// Pulsar's own tools make topics of far fewer partitions.
+const PARTITION_BITS: u32 = 16;
+
+impl Tags {
+    fn tag(self, place: Place) -> Tag {
+        Tag { partition: self.partition | u32::from(self.seeks) << PARTITION_BITS, place }
+    }
+}
+
+/// The partition whose share made a tag.
+pub fn partition_of(tag: &Tag) -> u32 {
+    tag.partition & ((1 << PARTITION_BITS) - 1)
 }
 
 /// An acknowledgement on its way.
@@ -64,21 +110,68 @@ impl Acking {
     }
 }
 
+/// What the broker knows of a member, the same for every partition.
+pub struct Membership {
+    pub group: Arc<str>,
+    pub mode: GroupMode,
+    /// Sorts the members of a failover group by their standing.
+    pub standing: i32,
+    /// What the group's members on this bridge lost.
+    pub lost: Arc<Lost>,
+}
+
+impl Membership {
+    fn subscribe(&self, physical: &Physical, initial: InitialPosition) -> CommandSubscribe {
+        let sub_type = match self.mode {
+            GroupMode::Exclusive => SubType::Exclusive,
+            GroupMode::Shared => SubType::Shared,
+            GroupMode::Failover => SubType::Failover,
+            GroupMode::KeyShared => SubType::KeyShared,
+        };
+        let auto_split =
+            KeySharedMeta { key_shared_mode: KeySharedMode::AutoSplit as i32, ..Default::default() };
+        CommandSubscribe {
+            topic: physical.as_str().into(),
+            subscription: self.group.to_string(),
+            sub_type: sub_type as i32,
+            // Else the members of a partitioned topic are sorted by name, and each has some of the partitions.
+            priority_level: (self.mode == GroupMode::Failover).then_some(self.standing),
+            key_shared_meta: (self.mode == GroupMode::KeyShared).then_some(auto_split),
+            initial_position: Some(initial as i32),
+            ..Default::default()
+        }
+    }
+}
+
 pub struct Share {
     cluster: Arc<Cluster>,
     topic: Topic,
-    partition: u32,
+    tags: Tags,
     physical: Physical,
     subscribe: CommandSubscribe,
     quota: u32,
+    /// The broker can be asked for one entry again.
+    gives_back: bool,
     desk: Arc<Desk>,
+    lost: Arc<Lost>,
     inbox: mpsc::Receiver<Settle>,
     consumer: Option<Consumer>,
     /// Counts subscriptions, from 1.
     epoch: u64,
+    /// This subscription has brought something.
+    lives: bool,
+    /// The last one was closed by the broker, on a connection that stood.
+    closed: bool,
+    /// Where the next one waits for the other members.
+    meeting: Option<Arc<Barrier>>,
+    /// The broker has not made this failover subscription the active one. It gets no permits before: a broker (4.0)
+    /// that reads for it while the one before leaves may go on behind what that one has not acknowledged.
+    waits: bool,
     /// Permits to give back.
     freed: u32,
     entries: BTreeMap<Key, Held>,
+    /// How many messages are acknowledged of each entry of which others are left.
+    within: BTreeMap<Key, u64>,
     past: VecDeque<Key>,
     /// When which message has waited long enough; the number tells equal times apart.
     due: BTreeMap<(Instant, u64), (Key, usize)>,
@@ -91,35 +184,36 @@ pub struct Share {
 }
 
 impl Share {
+    /// Subscribes for the first time, so that what is refused is refused at once.
     pub async fn subscribe(
         cluster: Arc<Cluster>,
         (topic, partition, physical): (Topic, u32, Physical),
-        group: Arc<str>,
+        membership: &Membership,
         initial: InitialPosition,
         quota: u32,
         desk: Arc<Desk>,
         inbox: mpsc::Receiver<Settle>,
     ) -> Result<Self, Fault> {
-        let subscribe = CommandSubscribe {
-            topic: physical.as_str().into(),
-            subscription: group.to_string(),
-            sub_type: SubType::Shared as i32,
-            initial_position: Some(initial as i32),
-            ..Default::default()
-        };
         let mut share = Self {
             cluster,
             topic,
-            partition,
+            tags: Tags { partition, seeks: 0 },
+            subscribe: membership.subscribe(&physical, initial),
             physical,
-            subscribe,
             quota,
+            gives_back: matches!(membership.mode, GroupMode::Shared | GroupMode::KeyShared),
             desk,
+            lost: membership.lost.clone(),
             inbox,
             consumer: None,
             epoch: 0,
+            lives: false,
+            closed: false,
+            meeting: None,
+            waits: false,
             freed: 0,
             entries: BTreeMap::new(),
+            within: BTreeMap::new(),
             past: VecDeque::new(),
             due: BTreeMap::new(),
             nacked: 0,
@@ -127,19 +221,39 @@ impl Share {
             acked: 0,
             answers: FuturesUnordered::new(),
         };
-        share.connect().await?;
+        let (began, mut backoff) = (Instant::now(), Backoff::default());
+        while let Err(fault) = share.connect().await {
+            let passes = matches!(fault, Fault::Refused { .. }) && !fault.is_busy() && !fault.is_lasting();
+            if !passes || began.elapsed() > SETTLE_DOWN {
+                return Err(fault);
+            }
+            backoff.wait().await;
+        }
+        // A topic that is deleted shall not come back because of us. What is stored once it does is all new to us.
+        share.subscribe.force_topic_creation = Some(false);
+        share.subscribe.initial_position = Some(InitialPosition::Earliest as i32);
         Ok(share)
     }
 
     /// Ends with the member, or with an error that trying again would not cure.
     pub async fn run(mut self) {
         let mut backoff = Backoff::default();
+        let mut busy = None;
         loop {
             if self.consumer.is_none() {
                 match self.connect().await {
-                    Ok(()) => info!(topic = %self.physical, "The group goes on."),
-                    Err(fault) if fault.is_lasting() => return self.desk.fail(fault.on_lane()),
+                    Ok(()) => {
+                        busy = None;
+                        info!(topic = %self.physical, "The group goes on.");
+                    }
+                    Err(fault) if ends(&fault) => return self.desk.fail(fault.on_lane()),
                     Err(fault) => {
+                        let since = *busy.get_or_insert_with(Instant::now);
+                        if !fault.is_busy() {
+                            busy = None;
+                        } else if since.elapsed() > BUSY_FOR {
+                            return self.desk.fail(taken(&self.subscribe.subscription, &fault));
+                        }
                         if backoff.is_first() {
                             warn!(topic = %self.physical, %fault, "A group cannot go on; trying until it can.");
                         }
@@ -149,9 +263,17 @@ impl Share {
                 }
             }
             match self.turn().await {
-                Ok(true) => backoff.reset(),
+                Ok(true) if self.lives => backoff.reset(),
+                Ok(true) => {}
                 Ok(false) => return,
-                Err(_) => self.disconnect(),
+                Err(_) => {
+                    let idle = !self.lives;
+                    self.disconnect();
+                    if idle {
+                        // Whatever closes a subscription as soon as it is made shall not do so all the time.
+                        backoff.wait().await;
+                    }
+                }
             }
         }
     }
@@ -163,23 +285,31 @@ impl Share {
         let next_due = self.due.first_key_value().map(|((at, _), _)| *at);
         let mut settling = Vec::new();
         tokio::select! {
-            first = consumer.next() => {
-                let mut deliveries = vec![first.ok_or_else(lost)?];
+            first = consumer.next_or_active() => {
+                let Some(first) = first.ok_or_else(lost)? else {
+                    if std::mem::take(&mut self.waits) {
+                        consumer.permit(self.quota).await?;
+                    }
+                    return Ok(true);
+                };
+                let mut deliveries = vec![first];
                 while deliveries.len() < TURN {
                     let Some(next) = consumer.try_next() else { break };
                     deliveries.push(next);
                 }
+                self.lives = true;
                 deliveries.into_iter().for_each(|delivery| self.deliver(delivery));
             }
             count = self.inbox.recv_many(&mut settling, TURN) => {
                 if count == 0 {
                     return Ok(false);
                 }
-                self.settle(settling);
+                self.settle(settling).await?;
             }
             Some((number, answer)) = self.answers.next() => {
                 // Acknowledging twice is no harm, so where this one fails a new subscription does it again.
                 answer?;
+                self.lives = true;
                 self.confirmed(number);
             }
             () = tokio::time::sleep_until(next_due.unwrap_or_else(Instant::now)), if next_due.is_some() => {
@@ -194,24 +324,66 @@ impl Share {
         let session = self.cluster.owner(&self.physical).await?;
         let consumer = Consumer::subscribe(session, self.subscribe.clone()).await?;
         self.epoch += 1;
-        self.freed = self.quota;
+        self.lives = false;
+        self.waits = self.subscribe.sub_type == SubType::Failover as i32;
+        self.freed = if self.waits { 0 } else { self.quota };
         for (number, acking) in &self.unconfirmed {
             self.answers.push(answer(&consumer, *number, acking));
         }
+        self.desk.opened(self.tags.partition, consumer.closing());
         self.consumer = Some(consumer);
+        if let Some(meeting) = self.meeting.take() {
+            // Who does not come in time is not waited for.
+            let _ = tokio::time::timeout(MEET, meeting.wait()).await;
+        }
         self.give_back_permits().await
     }
 
-    /// The broker gives away again what this subscription had: what the client has not got is no longer here.
+    /// The broker gives away again what this subscription had. What the client has not got is no longer here; what it
+    /// has in its hands it may still settle, and where it comes to this member again it is not handed out twice.
     fn disconnect(&mut self) {
-        self.consumer = None;
+        self.closed = self.consumer.take().is_some_and(|consumer| consumer.was_closed());
         self.answers = FuturesUnordered::new();
-        for tag in self.desk.withdraw(self.partition) {
+        for tag in self.desk.withdraw(self.tags.partition) {
             if let Some(slot) = self.slot(tag) {
                 slot.attempt = slot.attempt.saturating_sub(1);
                 slot.state = State::Gone;
             }
         }
+        self.lose();
+        for held in self.entries.values_mut() {
+            let is_confirmed = held.acking == 0;
+            for slot in &mut held.slots {
+                match slot.state {
+                    State::Acked if is_confirmed => slot.state = State::Done,
+                    // Another member may get it: our copy would be one too many.
+                    State::Waiting => slot.envelope = None,
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Others may get what this member had.
+    fn lose(&mut self) {
+        for (key, held) in &self.entries {
+            self.lost.add(self.tags.partition, *key, held);
+        }
+        self.within.clear();
+        self.desk.count_within(self.tags.partition, 0);
+    }
+
+    /// What was handed out is nobody's any more, and what comes is new: the group was sought.
+    fn forget(&mut self) {
+        self.tags.seeks = self.tags.seeks.wrapping_add(1);
+        self.desk.forget(self.tags.partition);
+        self.entries.clear();
+        self.within.clear();
+        self.desk.count_within(self.tags.partition, 0);
+        self.past.clear();
+        self.due.clear();
+        self.unconfirmed.clear();
+        self.answers = FuturesUnordered::new();
     }
 
     async fn give_back_permits(&mut self) -> Result<(), Fault> {
@@ -225,18 +397,25 @@ impl Share {
         let Delivery { id, redelivered, unacked, entry } = delivery;
         let key = (id.ledger_id, id.entry_id);
         let count = record::count(&entry) as usize;
+        if self.closed && self.entries.get(&key).is_some_and(|held| held.came_back(&unacked)) {
+            // An orderly move keeps every acknowledgement, so somebody else has sought the group.
+            self.forget();
+        }
         let held =
             self.entries.entry(key).or_insert_with(|| Held { slots: Vec::new(), acking: 0, past: false });
         held.slots.resize(count, Slot::default());
         let sent = (0..count).filter(|index| is_unacked(&unacked, *index)).count() as u32;
         for (index, slot) in held.slots.iter_mut().enumerate() {
             if !is_unacked(&unacked, index) {
-                *slot = Slot { state: State::Acked, ..Slot::default() };
+                *slot = Slot { state: State::Acked, attempt: slot.attempt, ..Slot::default() };
+            } else if slot.state == State::Done {
+                // The broker was restarted and does not know any more.
+                slot.state = State::Gone;
             }
         }
         let states: Vec<_> = held.slots.iter().map(|slot| slot.state).collect();
         let wanted = |index: u32| states.get(index as usize).is_some_and(|state| *state != State::Acked);
-        let records = record::unpack(&self.topic, self.partition, &id, entry, wanted);
+        let records = record::unpack(&self.topic, self.tags.partition, &id, entry, wanted);
 
         let mut ready = Vec::new();
         let mut taken = vec![false; count];
@@ -245,7 +424,7 @@ impl Share {
             let message = match message {
                 Ok(message) => message,
                 Err(why) => {
-                    ready.push(Err(why.on_lane(&self.topic, self.partition, place)));
+                    ready.push(Err(why.on_lane(&self.topic, self.tags.partition, place)));
                     unreadable = true;
                     break;
                 }
@@ -258,14 +437,14 @@ impl Share {
             taken[index] = true;
             slot.permit = self.epoch;
             slot.envelope = Some(envelope.clone());
-            if slot.state == State::Waiting {
-                // The broker did not know of the delay. It keeps to it here.
+            if matches!(slot.state, State::Waiting | State::Out) {
+                // The broker did not know of the delay, or that the client still has it. It keeps to it here.
                 continue;
             }
             slot.state = State::Out;
-            slot.attempt = (slot.attempt + 1).max(redelivered + 1);
-            let tag = Tag { partition: self.partition, place };
-            ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag }));
+            let before = self.lost.take(self.tags.partition, key, index);
+            slot.attempt = slot.attempt.max(redelivered).max(before) + 1;
+            ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag: self.tags.tag(place) }));
         }
         // What is not handed out needs no permit.
         let kept = taken.iter().filter(|taken| **taken).count() as u32;
@@ -283,19 +462,32 @@ impl Share {
                 self.acknowledge(vec![key], Vec::new());
             }
         }
+        self.count_within(&[key]);
         self.desk.put(ready);
+    }
+
+    /// The broker counts whole entries; how much of them is done already is known here.
+    fn count_within(&mut self, keys: &[Key]) {
+        for key in keys {
+            match self.entries.get(key).map_or(0, Held::acked_within) {
+                0 => drop(self.within.remove(key)),
+                acked => drop(self.within.insert(*key, acked)),
+            }
+        }
+        self.desk.count_within(self.tags.partition, self.within.values().sum());
     }
 
     fn envelope(&self, place: Place, published: Timestamp, message: Message) -> Arc<Envelope> {
         let position = match self.physical.is_partition() {
             false => Position::Whole(place),
-            true => Position::in_partition(self.partition, place, published),
+            true => Position::in_partition(self.tags.partition, place, published),
         };
-        let stored = Stored { partition: self.partition, place, position };
+        let stored = Stored { partition: self.tags.partition, place, position };
         Arc::new(Envelope::durable(self.topic.clone(), message, stored))
     }
 
-    fn settle(&mut self, settling: Vec<Settle>) {
+    async fn settle(&mut self, settling: Vec<Settle>) -> Result<(), Fault> {
+        let mut sought = false;
         let mut keys = Vec::new();
         let mut waiting = Vec::new();
         for settle in settling {
@@ -308,24 +500,36 @@ impl Share {
                     let at = Instant::now() + delay;
                     tags.into_iter().for_each(|tag| self.nack(tag, at));
                 }
+                Settle::Seek { waits, sought: done } => {
+                    // Whoever seeks may have given up, and ends the waiting by that too.
+                    let _ = waits.send(());
+                    self.meeting = done.await.ok();
+                    self.forget();
+                    (keys, waiting, sought) = (Vec::new(), Vec::new(), true);
+                }
             }
         }
         keys.sort_unstable();
         keys.dedup();
+        self.count_within(&keys);
         self.acknowledge(keys, waiting);
+        if sought { Err(Fault::Lost("the group was sought".into())) } else { Ok(()) }
     }
 
     /// Marks a message as done. The entry is to be acknowledged, unless the broker has confirmed all of this already.
     fn ack(&mut self, tag: Tag) -> Option<Key> {
+        if tag != self.tags.tag(tag.place) {
+            return None;
+        }
         let key = (tag.place.ledger, tag.place.entry);
         let epoch = self.epoch;
         let held = self.entries.get_mut(&key)?;
         let slot = held.slots.get_mut(tag.place.index as usize)?;
-        if slot.state == State::Acked {
+        if matches!(slot.state, State::Acked | State::Done) {
             return (held.acking > 0).then_some(key);
         }
         self.freed += u32::from(slot.permit == epoch);
-        *slot = Slot { state: State::Acked, ..Slot::default() };
+        *slot = Slot { state: State::Acked, attempt: slot.attempt, ..Slot::default() };
         Some(key)
     }
 
@@ -334,7 +538,7 @@ impl Share {
         for (ledger_id, entry_id) in &keys {
             if let Some(held) = self.entries.get_mut(&(*ledger_id, *entry_id)) {
                 held.acking += 1;
-                let left = unacked_set(held.slots.iter().map(|slot| slot.state != State::Acked));
+                let left = unacked_set(held.slots.iter().map(Slot::is_left));
                 let whole = left.iter().all(|word| *word == 0);
                 ids.push(MessageIdData {
                     ledger_id: *ledger_id,
@@ -385,20 +589,26 @@ impl Share {
     }
 
     fn nack(&mut self, tag: Tag, at: Instant) {
-        let (epoch, free) = (self.epoch, self.due.len() < WAITING_FREE);
+        if tag != self.tags.tag(tag.place) {
+            return;
+        }
+        let (epoch, waiting, gives_back) = (self.epoch, self.due.len(), self.gives_back);
         let key = (tag.place.ledger, tag.place.entry);
         let index = tag.place.index as usize;
         let Some(held) = self.entries.get_mut(&key) else { return };
         let alone = held.slots.iter().enumerate().all(|(at, slot)| at == index || slot.is_settled());
         let Some(slot) = held.slots.get_mut(index).filter(|slot| slot.state == State::Out) else { return };
         slot.state = State::Waiting;
-        if alone {
+        let free = if gives_back && alone {
             // The broker will deliver it again; until then neither a copy nor room is kept.
             slot.envelope = None;
-            if free && slot.permit == epoch {
-                slot.permit = 0;
-                self.freed += 1;
-            }
+            waiting < WAITING_FREE
+        } else {
+            !gives_back && waiting < KEPT_FREE
+        };
+        if free && slot.permit == epoch {
+            slot.permit = 0;
+            self.freed += 1;
         }
         self.nacked += 1;
         self.due.insert((at, self.nacked), (key, index));
@@ -415,19 +625,21 @@ impl Share {
                 continue;
             };
             match slot.envelope.clone() {
-                // Others of its entry were in the client's hands when it was nacked: the broker would deliver them too.
+                // The broker would deliver others too: those of its entry that the client has, or all there are.
                 Some(envelope) => {
                     slot.state = State::Out;
                     slot.attempt += 1;
                     let place = Place { ledger: key.0, entry: key.1, index: index as u32 };
-                    let tag = Tag { partition: self.partition, place };
-                    ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag }));
+                    ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag: self.tags.tag(place) }));
                 }
                 None => {
                     slot.state = State::Gone;
                     self.freed += u32::from(slot.permit == epoch);
                     slot.permit = 0;
-                    again.push(MessageIdData { ledger_id: key.0, entry_id: key.1, ..Default::default() });
+                    if self.gives_back {
+                        let id = MessageIdData { ledger_id: key.0, entry_id: key.1, ..Default::default() };
+                        again.push(id);
+                    }
                     self.retire(key);
                 }
             }
@@ -443,6 +655,23 @@ impl Share {
         let held = self.entries.get_mut(&(tag.place.ledger, tag.place.entry))?;
         held.slots.get_mut(tag.place.index as usize)
     }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.lose();
+    }
+}
+
+/// Whether a membership that once held cannot hold any more. A topic that is gone may come again.
+fn ends(fault: &Fault) -> bool {
+    fault.is_lasting() && !fault.is_not_found()
+}
+
+fn taken(group: &str, fault: &Fault) -> LaneError {
+    LaneError::GroupBusy(format!(
+        "group `{group}` was lost with the connection, and for {BUSY_FOR:?} others have had it ({fault})"
+    ))
 }
 
 fn answer(consumer: &Consumer, number: u64, acking: &Acking) -> BoxFuture<'static, (u64, Result<(), Fault>)> {

@@ -236,7 +236,7 @@ async fn publish(
 }
 
 async fn under_load(bed: Bed, what: &str, restarted: bool, fault: impl AsyncFnOnce(&Bed)) {
-    let load = Load::start(bed, &[GroupMode::Shared]).await;
+    let load = Load::start(bed, &GroupMode::ALL).await;
     load.flows(what, SOON).await;
     fault(&load.bed).await;
     is_up(&*load.bed.lane).await;

@@ -1,7 +1,8 @@
 //! Groups on topics whose native publishers batch: an entry is many messages there.
 
 use super::*;
-use twinspan::message::Start;
+use twinspan::lane::contract::Joining;
+use twinspan::message::{GroupMode, Start};
 
 #[tokio::test]
 async fn what_is_acknowledged_of_a_batch_is_done_and_the_others_come_again() {
@@ -142,6 +143,31 @@ async fn a_new_group_begins_inside_a_batch_at_a_time_or_with_the_newest() {
     for (group, start, expected) in starts {
         let member = bed.lane.join(&bed.route, &bed.topic, shared(group, start, 100)).await.unwrap();
         assert_eq!(sorted(&take(&*member, expected.len()).await), expected.collect::<Vec<_>>(), "{group}");
+        assert_quiet(&*member).await;
+    }
+}
+
+#[tokio::test]
+async fn in_every_mode_exactly_nine_of_ten_come_again_and_the_report_counts_messages() {
+    if left_out() {
+        return;
+    }
+    for mode in GroupMode::ALL {
+        let bed = Bed::shared().await;
+        bed.batch(0..10).await;
+        let join = || {
+            let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
+            bed.lane.join(&bed.route, &bed.topic, joining)
+        };
+        let member = join().await.unwrap();
+        let held = take(&*member, 10).await;
+        member.ack(vec![tag(&held, 3)]).await.unwrap();
+        let report = bed.lane.groups(&bed.route, &bed.topic).await.unwrap().remove(0);
+        assert_eq!((report.mode, report.backlog, report.members), (Some(mode), 9, 1));
+        drop(member);
+
+        let member = join().await.unwrap();
+        assert_eq!(sorted(&take(&*member, 9).await), [0, 1, 2, 4, 5, 6, 7, 8, 9], "{mode:?}");
         assert_quiet(&*member).await;
     }
 }

@@ -363,6 +363,13 @@ async fn a_schema_is_honoured_and_one_that_does_not_fit_is_refused_by_name() {
     let seen = soon(consumer.next()).await.unwrap().unwrap();
     assert!(seen.payload.metadata.schema_version.is_some());
 
+    // Bytes are taken for any schema by the broker; whoever reads Avro finds no Avro.
+    let (bytes, avro) = (bed(PulsarSchema::Bytes).await, topic(&format!("t.{}", MessageId::new())));
+    let schema = json!({ "type": "AVRO", "schema": record, "properties": {} });
+    admin(broker, Method::POST, &format!("schemas/public/default/{avro}/schema"), schema).await;
+    let said = refused(&bytes, &avro).await;
+    assert!(said.contains("Avro") && said.contains("pulsar_schema = \"bytes\""), "{said}");
+
     let said = refused(&text, &other).await;
     assert!(said.contains("IncompatibleSchema"), "{said}");
     let said = refused(&json, &text.topic).await;

@@ -80,3 +80,63 @@ async fn a_topic_that_moves_goes_on_without_loss_or_repetition() {
     let each: BTreeSet<_> = stored.into_iter().collect();
     assert_eq!(each, (0..200).collect());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_terminated_topic_is_read_to_its_end_and_refuses_what_would_come_behind() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    let bed = Bed::on(broker).await;
+    let (mut cursor, _) = bed.lane.tail(&bed.route, &bed.topic).await.unwrap().follow();
+    let member = bed.join(Start::Earliest).await;
+    for n in 0..3 {
+        bed.publish(n).await;
+    }
+    admin(broker, Method::POST, &format!("persistent/public/default/{}/terminate", bed.topic), Value::Null)
+        .await;
+
+    let asked = Instant::now();
+    let refused = match bed.lane.append(&bed.route, &bed.topic, numbered(3), Publisher::default()).await {
+        Ok(receipt) => soon(receipt).await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    assert!(matches!(&refused, LaneError::BadRequest(said) if said.contains("erminated")), "{refused:?}");
+    let held = take(&*member, 3).await;
+    assert_eq!(sorted(&held), [0, 1, 2]);
+    member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
+    let mut heard = Vec::new();
+    while heard.len() < 3 {
+        heard.extend(numbers(&soon(cursor.next(99)).await.unwrap()));
+    }
+    assert_eq!(heard, [0, 1, 2]);
+    assert_eq!(numbers(&read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await), [0, 1, 2]);
+    assert_quiet(&*member).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_was_deleted_goes_on_for_everybody_once_it_is_published_to_again() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    let bed = Bed::on(broker).await;
+    let (mut cursor, _) = bed.lane.tail(&bed.route, &bed.topic).await.unwrap().follow();
+    let member = bed.join(Start::Earliest).await;
+    bed.publish(0).await;
+    let held = take(&*member, 1).await;
+    member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
+    assert_eq!(numbers(&soon(cursor.next(99)).await.unwrap()), [0]);
+
+    let path = format!("persistent/public/default/{}?force=true", bed.topic);
+    admin(broker, Method::DELETE, &path, Value::Null).await;
+    bed.publish(1).await;
+    bed.publish(2).await;
+    assert_eq!(sorted(&take(&*member, 2).await), [1, 2], "the group has what is new from its beginning");
+    let mut heard = Vec::new();
+    while heard.len() < 2 {
+        heard.extend(numbers(&soon(cursor.next(99)).await.unwrap()));
+    }
+    assert_eq!(heard, [1, 2]);
+}

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::json;
-use twinspan::lane::contract::{LaneError, Publisher};
-use twinspan::message::{Draft, Start};
+use twinspan::lane::contract::{GroupReport, Joining, LaneError, Publisher};
+use twinspan::message::{Draft, GroupMode, Start};
 use twinspan::topic::Pattern;
 
 use super::*;
@@ -189,4 +189,56 @@ async fn a_group_takes_from_every_partition_and_holds_its_prefetch_over_all() {
         member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
     }
     assert_eq!(backlog(&*bed.lane, &bed.route, &bed.topic).await, 0);
+}
+
+#[tokio::test]
+async fn groups_of_every_mode_are_sought_reported_and_deleted_over_all_partitions() {
+    if left_out() {
+        return;
+    }
+    let bed = partitioned().await;
+    for n in 0..30 {
+        publish_keyed(&bed, n).await;
+    }
+    let all = read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await;
+    let tags = |held: &[Handed]| held.iter().map(|handed| handed.tag).collect::<Vec<_>>();
+    for mode in GroupMode::ALL {
+        let name = mode.as_str();
+        let joining = |start| Joining { group: name.into(), mode, start, prefetch: 100 };
+        let join = |start| bed.lane.join(&bed.route, &bed.topic, joining(start));
+        let member = join(Start::Earliest).await.unwrap();
+        let held = take(&*member, 30).await;
+        member.ack(tags(&held)).await.unwrap();
+        assert_quiet(&*member).await;
+
+        // With its member, and from a bridge that has none.
+        let other =
+            open(&settings(shared_pulsar().await), &Policy::new(RouteTable::new([(*bed.route).clone()])))
+                .await;
+        bed.lane.seek(&bed.route, &bed.topic, name, Start::Earliest).await.unwrap();
+        let held = take(&*member, 30).await;
+        assert_eq!(sorted(&held), (0..30).collect::<Vec<_>>(), "{name}");
+        member.ack(tags(&held)).await.unwrap();
+        let after = Start::After(position(&all[19]));
+        other.seek(&bed.route, &bed.topic, name, after).await.unwrap();
+        let expected: BTreeSet<_> = numbers(&all[20..]).into_iter().collect();
+        let held = take(&*member, 10).await;
+        assert_eq!(sorted(&held).into_iter().collect::<BTreeSet<_>>(), expected, "{name}");
+        member.ack(tags(&held)).await.unwrap();
+        assert_quiet(&*member).await;
+
+        let report = |reports: Vec<GroupReport>| reports.into_iter().find(|report| report.name == name);
+        let reported = report(bed.lane.groups(&bed.route, &bed.topic).await.unwrap()).unwrap();
+        assert_eq!((reported.mode, reported.members, reported.backlog), (Some(mode), 1, 0), "{name}");
+        let refused = bed.lane.delete_group(&bed.route, &bed.topic, name).await;
+        assert!(matches!(refused, Err(LaneError::GroupBusy(_))), "{name}: {refused:?}");
+        drop(member);
+        let deadline = Instant::now() + SOON;
+        while bed.lane.delete_group(&bed.route, &bed.topic, name).await.is_err() {
+            assert!(Instant::now() < deadline, "{name} keeps its member");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(report(bed.lane.groups(&bed.route, &bed.topic).await.unwrap()).is_none(), "{name}");
+        assert!(!bed.lane.delete_group(&bed.route, &bed.topic, name).await.unwrap(), "{name}");
+    }
 }

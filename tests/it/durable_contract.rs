@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 use twinspan::lane::contract::{DurableLane, Handed, Joining, LaneError, LaneState, Member, Publisher};
+use twinspan::lane::tail::Cursor;
 use twinspan::message::{Draft, Envelope, GroupMode, Lane, Message, MessageId, Position, Start, Timestamp};
 use twinspan::policy::table::{
     Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
@@ -111,6 +112,15 @@ pub async fn backlog(lane: &dyn DurableLane, route: &Arc<Route>, topic: &Topic) 
 
 pub fn shared(group: &str, start: Start, prefetch: u32) -> Joining {
     Joining { group: group.into(), mode: GroupMode::Shared, start, prefetch }
+}
+
+/// The next of a tail, so many at least.
+pub async fn hear(cursor: &mut Cursor, count: usize) -> Vec<Arc<Envelope>> {
+    let mut heard = Vec::new();
+    while heard.len() < count {
+        heard.extend(soon(cursor.next(99)).await.unwrap());
+    }
+    heard
 }
 
 /// Everything that a reader has, up to its end.

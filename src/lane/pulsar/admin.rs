@@ -212,10 +212,7 @@ impl Admin {
 
     /// What is said at a path below `/admin/v2`: null where nothing is set, `None` where there is no such thing.
     pub async fn get(&self, path: &[&str]) -> Result<Option<Value>, LaneError> {
-        let mut url = self.base.clone();
-        if let Ok(mut segments) = url.path_segments_mut() {
-            segments.pop_if_empty().extend(["admin", "v2"]).extend(path);
-        }
+        let url = self.url(path.iter().copied())?;
         let response = self.send(Method::GET, url, |request| request).await?;
         match response.status() {
             StatusCode::NOT_FOUND => Ok(None),
@@ -242,12 +239,14 @@ impl Admin {
 
     /// `…/admin/v2/persistent/tenant/namespace/local/…`, each part encoded by itself.
     fn topic(&self, topic: &Physical, rest: &[&str]) -> Result<Url, LaneError> {
+        let named = topic.namespace().split('/').chain([topic.local()]);
+        self.url(["persistent"].into_iter().chain(named).chain(rest.iter().copied()))
+    }
+
+    fn url<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Result<Url, LaneError> {
         let mut url = self.base.clone();
         match url.path_segments_mut() {
-            Ok(mut path) => {
-                path.pop_if_empty().extend(["admin", "v2", "persistent"]);
-                path.extend(topic.namespace().split('/')).push(topic.local()).extend(rest);
-            }
+            Ok(mut segments) => drop(segments.pop_if_empty().extend(["admin", "v2"]).extend(path)),
             // `new` has refused such a base.
             Err(()) => return Err(LaneError::Internal("the admin URL takes no path".into())),
         }

@@ -120,7 +120,8 @@ impl Queue {
 
     pub fn push(&mut self, message: Message, ticket: Ticket, under_way: usize) {
         let limits = self.limits(under_way);
-        let alone = record::deliver_at(&message).is_some();
+        // The broker delays whole entries.
+        let alone = message.deliver_at.is_some();
         let open = match &message.key {
             Some(key) => self.keyed.get(key).copied(),
             None => self.keyless,

@@ -76,11 +76,6 @@ pub fn size(message: &Message) -> usize {
     message.payload.len() + headers + message.key.as_ref().map_or(0, String::len) + 256
 }
 
-/// When a message that is delayed may be delivered; it then travels alone, because the broker delays entries.
-pub fn deliver_at(message: &Message) -> Option<Timestamp> {
-    message.deliver_at
-}
-
 /// A message by itself. The producer's own fields are its business.
 pub fn single(message: &Message, stamp: &mut Stamp) -> MessageMetadata {
     let id = message.id.map(|id| id.to_string());
@@ -89,7 +84,7 @@ pub fn single(message: &Message, stamp: &mut Stamp) -> MessageMetadata {
         properties: pairs.map(|(key, value)| KeyValue { key: key.into(), value: value.into() }).collect(),
         partition_key: message.key.clone(),
         event_time: event_time(message),
-        deliver_at_time: deliver_at(message).map(Timestamp::as_millis),
+        deliver_at_time: message.deliver_at.map(Timestamp::as_millis),
         ..Default::default()
     }
 }

@@ -434,11 +434,7 @@ pub async fn a_delayed_message_comes_at_once_where_order_is_promised(ground: Gro
     let read = ground.read(&topic, Start::Earliest).await;
     assert_eq!(numbers(&read), [0, 1, 2]);
     assert_eq!(read[1].message.deliver_at, due, "whoever reads can see it");
-    let mut heard = Vec::new();
-    while heard.len() < 3 {
-        heard.extend(soon(follower.next(99)).await.unwrap());
-    }
-    assert_eq!(numbers(&heard), [0, 1, 2]);
+    assert_eq!(numbers(&hear(&mut follower, 3).await), [0, 1, 2]);
     for mode in ORDERED {
         let member = ground.join_as(&topic, mode, 10).await;
         assert_eq!(in_order(&take(&*member, 3).await), [0, 1, 2], "{mode:?}");

@@ -1,6 +1,7 @@
 //! Native Pulsar clients see what was published here as it was published, and the other way round.
 
 use super::*;
+use crate::durable_contract::hear;
 use futures_util::StreamExt;
 use pulsar::compression::*;
 use pulsar::consumer::InitialPosition;
@@ -74,10 +75,7 @@ async fn followers_see_what_native_clients_publish_compressed_or_not_in_batches_
             sent.push(producer.send_non_blocking(message).await.unwrap());
         }
         futures_util::future::try_join_all(sent).await.unwrap();
-        let mut heard = Vec::new();
-        while heard.len() < 4 {
-            heard.extend(soon(cursor.next(99)).await.unwrap());
-        }
+        let heard = hear(&mut cursor, 4).await;
         for (envelope, n) in heard.iter().zip(0..) {
             let message = &envelope.message;
             assert_eq!(message.payload, format!("{n} of {batch_size:?}"));

@@ -7,7 +7,7 @@ use twinspan::message::Start;
 
 use super::*;
 use crate::brokers::Options;
-use crate::durable_contract::{numbers, read};
+use crate::durable_contract::{hear, numbers, read};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_broker_is_noticed_within_three_seconds_and_the_lane_heals_when_it_thaws() {
@@ -71,10 +71,7 @@ async fn a_topic_that_moves_goes_on_without_loss_or_repetition() {
         let held = take(&*member, 50).await;
         member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
     }
-    let mut heard = Vec::new();
-    while heard.len() < 200 {
-        heard.extend(numbers(&soon(cursor.next(99)).await.unwrap()));
-    }
+    let heard = numbers(&hear(&mut cursor, 200).await);
     let stored = numbers(&read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await);
     assert_eq!(heard, stored[..heard.len()], "the tail is what is stored, each once, in its order");
     let each: BTreeSet<_> = stored.into_iter().collect();
@@ -106,10 +103,7 @@ async fn a_terminated_topic_is_read_to_its_end_and_refuses_what_would_come_behin
     let held = take(&*member, 3).await;
     assert_eq!(sorted(&held), [0, 1, 2]);
     member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
-    let mut heard = Vec::new();
-    while heard.len() < 3 {
-        heard.extend(numbers(&soon(cursor.next(99)).await.unwrap()));
-    }
+    let heard = numbers(&hear(&mut cursor, 3).await);
     assert_eq!(heard, [0, 1, 2]);
     assert_eq!(numbers(&read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await), [0, 1, 2]);
     assert_quiet(&*member).await;
@@ -134,9 +128,6 @@ async fn a_topic_that_was_deleted_goes_on_for_everybody_once_it_is_published_to_
     bed.publish(1).await;
     bed.publish(2).await;
     assert_eq!(sorted(&take(&*member, 2).await), [1, 2], "the group has what is new from its beginning");
-    let mut heard = Vec::new();
-    while heard.len() < 2 {
-        heard.extend(numbers(&soon(cursor.next(99)).await.unwrap()));
-    }
+    let heard = numbers(&hear(&mut cursor, 2).await);
     assert_eq!(heard, [1, 2]);
 }

@@ -8,7 +8,7 @@ use twinspan::message::{Draft, GroupMode, Start};
 use twinspan::topic::Pattern;
 
 use super::*;
-use crate::durable_contract::{backlog, numbers, read, shared};
+use crate::durable_contract::{backlog, hear, numbers, read, shared};
 
 #[tokio::test]
 async fn the_newest_n_are_exact_over_batches() {
@@ -113,10 +113,7 @@ async fn a_topic_with_partitions_is_one_topic_whose_keys_keep_their_order() {
     for n in 0..70 {
         publish_keyed(&bed, n).await;
     }
-    let mut heard = Vec::new();
-    while heard.len() < 70 {
-        heard.extend(soon(cursor.next(99)).await.unwrap());
-    }
+    let heard = hear(&mut cursor, 70).await;
     let all = read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await;
     for envelopes in [&heard, &all] {
         assert_eq!(envelopes.len(), 70);

@@ -23,6 +23,7 @@ use crate::durable_contract::groups::group_promises;
 use crate::durable_contract::{Ground, SOON, number, numbered, promises, shared, soon};
 
 mod groups;
+mod load;
 mod faults;
 mod natives;
 mod outages;

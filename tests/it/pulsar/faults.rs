@@ -9,39 +9,27 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::AsyncFnOnce;
 use std::sync::Mutex;
 
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use twinspan::lane::contract::{Joining, LaneError, Publisher};
 use twinspan::lane::follow::{Follow, Step};
-use twinspan::message::{Draft, GroupMode, Place, Start};
+use twinspan::message::{GroupMode, Place, Start};
 
+use super::load::{EACH, Publishers};
 use super::*;
 use crate::brokers::Options;
-use crate::durable_contract::read;
 use crate::proxy::Proxy;
 
 /// How long after a fault everybody may take to deliver again.
 const HEALED_WITHIN: Duration = Duration::from_secs(5);
 const PUBLISHERS: usize = 2;
 const KEYS: usize = 4;
-/// Numbers of one publisher.
-const EACH: usize = 1_000_000;
-
-/// What became of each publish.
-#[derive(Default)]
-struct Published {
-    confirmed: BTreeSet<usize>,
-    /// Nothing was stored, it was said.
-    refused: BTreeSet<usize>,
-}
 
 /// One delivery to a group: what, where, and as which attempt.
 type Delivered = (usize, Place, u32);
 
 struct Load {
     bed: Bed,
-    stop: watch::Sender<bool>,
-    publishers: JoinSet<Published>,
+    publishers: Publishers,
     followed: Arc<Mutex<Vec<(usize, Place)>>>,
     groups: HashMap<GroupMode, Arc<Mutex<Vec<Delivered>>>>,
     _subscribers: JoinSet<()>,
@@ -80,13 +68,9 @@ impl Load {
             }
             groups.insert(*mode, delivered);
         }
-        let (stop, stopped) = watch::channel(false);
-        let mut publishers = JoinSet::new();
-        for at in 0..PUBLISHERS {
-            let (lane, route, topic) = (bed.lane.clone(), bed.route.clone(), bed.topic.clone());
-            publishers.spawn(publish(lane, route, topic, at, stopped.clone()));
-        }
-        Self { bed, stop, publishers, followed, groups, _subscribers: subscribers }
+        let key = |n: usize| Some(format!("{}-{}", n / EACH, n % KEYS));
+        let publishers = Publishers::on(&bed, PUBLISHERS, Duration::from_millis(4), key);
+        Self { bed, publishers, followed, groups, _subscribers: subscribers }
     }
 
     fn newest(&self) -> Vec<(String, usize)> {
@@ -114,24 +98,12 @@ impl Load {
     }
 
     /// Ends the load and compares the books. A group may begin counting attempts again where `restarted`.
-    async fn settle(mut self, what: &str, restarted: bool) {
-        self.stop.send_replace(true);
-        let mut published = Published::default();
-        while let Some(one) = self.publishers.join_next().await {
-            let one = one.unwrap();
-            published.confirmed.extend(one.confirmed);
-            published.refused.extend(one.refused);
-        }
+    async fn settle(self, what: &str, restarted: bool) {
+        let published = self.publishers.end().await;
         is_up(&*self.bed.lane).await;
-        let stored = read(&*self.bed.lane, &self.bed.route, &self.bed.topic, Start::Earliest).await;
+        let stored = published.check(what, &self.bed).await;
         let stored: Vec<_> = stored.iter().map(|event| (number(event), place(event))).collect();
-        let numbers: BTreeSet<_> = stored.iter().map(|(n, _)| *n).collect();
-        let lost: Vec<_> = published.confirmed.difference(&numbers).collect();
-        assert_eq!(lost, Vec::<&usize>::new(), "{what}: confirmed and not stored");
-        let refused: Vec<_> = published.refused.intersection(&numbers).collect();
-        assert_eq!(refused, Vec::<&usize>::new(), "{what}: said not to be stored, and stored");
-        in_order(what, "storage", stored.iter().map(|(n, _)| *n));
-        assert!(published.confirmed.len() > 200, "{what}: only {} were confirmed", published.confirmed.len());
+        assert!(published.acked.len() > 200, "{what}: only {} were confirmed", published.acked.len());
 
         let deadline = Instant::now() + HEALED_WITHIN * 2;
         while self.followed.lock().unwrap().len() < stored.len() && Instant::now() < deadline {
@@ -195,44 +167,6 @@ async fn take_part(member: Box<dyn Member>, delivered: Arc<Mutex<Vec<Delivered>>
         // While the broker is away it cannot be confirmed; the deliveries come again then.
         let _ = member.ack(handed.iter().map(|handed| handed.tag).collect()).await;
     }
-}
-
-/// Some hundred a second, many of them under way.
-async fn publish(
-    lane: Arc<PulsarLane>,
-    route: Arc<Route>,
-    topic: Topic,
-    publisher: usize,
-    stop: watch::Receiver<bool>,
-) -> Published {
-    let (mut published, mut receipts) = (Published::default(), JoinSet::new());
-    let mut pace = tokio::time::interval(Duration::from_millis(4));
-    for n in publisher * EACH.. {
-        if *stop.borrow() {
-            break;
-        }
-        pace.tick().await;
-        let key = Some(format!("{publisher}-{}", n % KEYS));
-        let draft = Draft { payload: n.to_string().into(), key, ..Draft::default() };
-        match lane.append(&route, &topic, draft.accept(), Publisher(publisher as u64)).await {
-            Ok(receipt) => drop(receipts.spawn(async move { (n, receipt.await) })),
-            Err(LaneError::Unavailable(_)) => {
-                published.refused.insert(n);
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            Err(LaneError::OutcomeUnknown(_)) => {}
-            Err(error) => panic!("{error:?}"),
-        }
-    }
-    while let Some(outcome) = receipts.join_next().await {
-        match outcome.unwrap() {
-            (n, Ok(_)) => drop(published.confirmed.insert(n)),
-            (n, Err(LaneError::Unavailable(_))) => drop(published.refused.insert(n)),
-            (_, Err(LaneError::OutcomeUnknown(_))) => {}
-            (_, Err(error)) => panic!("{error:?}"),
-        }
-    }
-    published
 }
 
 async fn under_load(bed: Bed, what: &str, restarted: bool, fault: impl AsyncFnOnce(&Bed)) {

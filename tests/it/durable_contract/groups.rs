@@ -730,7 +730,6 @@ macro_rules! group_promises {
             a_seek_survives_a_restart
             what_a_member_had_not_taken_before_a_seek_does_not_come
             seeking_what_does_not_exist_is_a_bad_request
-            what_was_held_before_a_seek_is_nobodys_to_acknowledge
             a_deleted_group_is_gone_for_good
             a_report_says_how_a_group_stands
             nobody_ever_holds_more_than_the_prefetch_in_any_mode

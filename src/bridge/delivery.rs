@@ -21,7 +21,6 @@ use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
 use super::catalog::Catalog;
-use super::discovery::Discovery;
 use super::groups::Served;
 use crate::lane::contract::{DurableLane, Handed, LaneError, Member, Publisher, Tag};
 use crate::message::{Lane, Message, ORIGIN, RESERVED, Timestamp};
@@ -48,7 +47,6 @@ pub struct Surroundings {
     pub policy: Policy,
     pub lane: Arc<dyn DurableLane>,
     pub catalog: Arc<Catalog>,
-    pub discovery: Discovery,
     pub metrics: Arc<Metrics>,
 }
 
@@ -222,7 +220,6 @@ impl DeadLetters {
         let receipt = self.around.lane.append(route, &topic, message, Publisher::default()).await?;
         receipt.await?;
         self.around.catalog.published(&topic);
-        self.around.discovery.seen(&topic);
         Ok(())
     }
 

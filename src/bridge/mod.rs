@@ -10,7 +10,6 @@
 
 pub mod catalog;
 pub mod delivery;
-pub mod discovery;
 pub mod groups;
 pub mod filters;
 
@@ -31,7 +30,6 @@ use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::Group;
 use catalog::Catalog;
 use delivery::{GroupMember, Surroundings};
-use discovery::Discovery;
 use filters::Filters;
 use groups::Groups;
 
@@ -43,7 +41,6 @@ pub struct Bridge {
     pub ephemeral: Arc<dyn EphemeralLane>,
     pub durable: Arc<dyn DurableLane>,
     pub catalog: Arc<Catalog>,
-    pub discovery: Discovery,
     pub groups: Arc<Groups>,
     pub filters: Filters,
     pub metrics: Arc<Metrics>,
@@ -92,14 +89,12 @@ impl Bridge {
         catalog: Catalog,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let discovery = Discovery::new(durable.clone());
         let filters = Filters::new(metrics.clone());
         Self {
             policy,
             ephemeral,
             durable,
             catalog: Arc::new(catalog),
-            discovery,
             groups: Arc::default(),
             filters,
             metrics,
@@ -142,7 +137,6 @@ impl Bridge {
                     .map_err(fault)
                     .map_err(refused)?;
                 self.catalog.published(topic);
-                self.discovery.seen(topic);
                 let metrics = self.metrics.clone();
                 Ok(Outcome::Later(Box::pin(async move {
                     match receipt.await {
@@ -227,7 +221,6 @@ impl Bridge {
             policy: self.policy.clone(),
             lane: self.durable.clone(),
             catalog: self.catalog.clone(),
-            discovery: self.discovery.clone(),
             metrics: self.metrics.clone(),
         };
         let served = self.groups.join(topic.clone(), group.name.as_str().into());
@@ -270,7 +263,6 @@ impl Bridge {
         }
         if route.lane == Lane::Durable {
             self.durable.create(&route, topic).await.map_err(fault)?;
-            self.discovery.seen(topic);
         }
         self.catalog.declare(topic).map_err(not_kept)?;
         Ok(route.lane)

@@ -10,6 +10,7 @@
 //! A lane finds a topic's physical name, history and retention in the route that the caller decided on, or, for
 //! what comes from a broker, in the policy. It knows nothing of clients.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -236,6 +237,11 @@ pub trait DurableLane: Send + Sync {
 
     /// The topics that match and exist in storage, and whose route in force takes this lane.
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError>;
+
+    /// The topics known to exist, soon after this was called and as more appear: each within a second of the moment
+    /// when its first message is confirmed, whoever published it. There may be more, which were deleted or whose route
+    /// takes another lane by now.
+    fn watch_topics(&self) -> watch::Receiver<BTreeSet<Topic>>;
 
     /// Creates the topic in storage. `false`: it was there.
     async fn create(&self, route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError>;

@@ -27,7 +27,6 @@ use crate::config::settings::Settings;
 use crate::lane::contract::{DurableLane, EphemeralLane};
 use crate::policy::Reloader;
 use crate::telemetry::metrics::Metrics;
-use crate::topic::Pattern;
 use app::App;
 
 /// Over how much time clients are asked to come back, so that they do not come all at once.
@@ -96,18 +95,12 @@ impl Running {
         let until = stop_admin.clone();
         tasks.spawn(async move { _ = until.run_until_cancelled(bridge.watch()).await });
         let (bridge, until) = (app.bridge.clone(), stop_admin.clone());
-        let watching = app.reloader.clone();
-        tasks.spawn(async move {
-            let Ok(everything) = Pattern::parse(">") else { return };
-            _ = until.run_until_cancelled(bridge.discovery.run(everything)).await;
-        });
-        let (bridge, until) = (app.bridge.clone(), stop_admin.clone());
         tasks.spawn(async move {
             let looking =
                 bridge.groups.run(bridge.durable.clone(), bridge.policy.clone(), bridge.metrics.clone());
             _ = until.run_until_cancelled(looking).await;
         });
-        tasks.spawn(watching.watch(stop_admin.clone()));
+        tasks.spawn(app.reloader.clone().watch(stop_admin.clone()));
         Ok(Self { listen, admin, app, stop, stop_admin, tasks })
     }
 

@@ -551,7 +551,7 @@ impl Opened {
             }
         }
         if let Some(known) = self.known {
-            session.spawn(discover(subscription.clone(), known, session.bridge.discovery.watch()));
+            session.spawn(discover(subscription.clone(), known, session.bridge.durable.watch_topics()));
         }
     }
 }

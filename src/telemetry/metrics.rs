@@ -5,8 +5,8 @@
 use std::time::Duration;
 
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec,
-    Opts, Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 use crate::filter::Verdict;
@@ -42,6 +42,7 @@ pub struct Metrics {
     backlog_age: GaugeVec,
     unacked_messages: IntGaugeVec,
     filter_evaluations_total: IntCounterVec,
+    topic_listings_total: IntCounter,
     queue_depth: Histogram,
     errors_total: IntCounterVec,
     reload_success: IntGauge,
@@ -148,6 +149,13 @@ impl Metrics {
                 "filter_evaluations_total",
                 "Evaluations of subscribers' filters, one for each distinct expression and message, by what they found.",
                 &["outcome"],
+            ),
+            topic_listings_total: registered(
+                &registry,
+                IntCounter::with_opts(opts(
+                    "topic_listings_total",
+                    "How often the durable lane's broker was asked for all topics to find new ones: by the second where it does not tell of them itself.",
+                )),
             ),
             queue_depth: registered(
                 &registry,
@@ -303,6 +311,10 @@ impl Metrics {
 
     pub fn evaluated(&self, verdict: Verdict) {
         self.filter_evaluations_total.with_label_values(&[verdict.as_str()]).inc();
+    }
+
+    pub fn listed_topics(&self) {
+        self.topic_listings_total.inc();
     }
 
     pub fn queued(&self, depth: usize) {

@@ -1,5 +1,6 @@
 //! A defect behind one connection ends that connection and nothing else; what a lane fails at is said as it is.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -141,6 +142,10 @@ impl DurableLane for Failing {
 
     async fn topics(&self, _: &Pattern) -> Result<Vec<Topic>, LaneError> {
         Err(Self::unavailable())
+    }
+
+    fn watch_topics(&self) -> watch::Receiver<BTreeSet<Topic>> {
+        watch::channel(BTreeSet::new()).1
     }
 
     async fn create(&self, _: &Arc<Route>, _: &Topic) -> Result<bool, LaneError> {

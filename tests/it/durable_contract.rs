@@ -567,6 +567,27 @@ pub async fn topics_are_those_that_exist(ground: Ground) {
     assert_eq!(ground.lane.topics(&Pattern::parse("elsewhere.>").unwrap()).await.unwrap(), []);
 }
 
+pub async fn topics_that_appear_become_known(ground: Ground) {
+    let (before, stored, created, others) = (ground.topic(), ground.topic(), ground.topic(), ground.topic());
+    ground.store(&before, 0..1).await;
+    let mut known = ground.lane.watch_topics();
+    for topic in [&before, &stored, &created] {
+        if topic == &stored {
+            ground.store(topic, 0..1).await;
+        } else {
+            ground.lane.create(&ground.route, topic).await.unwrap();
+        }
+        soon(known.wait_for(|known| known.contains(topic))).await.unwrap();
+    }
+    assert!(!known.borrow().contains(&others));
+    // Who comes later knows at once what was there, or soon.
+    drop(known);
+    let mut known = ground.lane.watch_topics();
+    let all =
+        |known: &BTreeSet<Topic>| [&before, &stored, &created].iter().all(|topic| known.contains(*topic));
+    soon(known.wait_for(all)).await.unwrap();
+}
+
 pub async fn a_probe_goes_through_storage(ground: Ground) {
     assert_eq!(*ground.lane.state().borrow(), LaneState::Up);
     let took = ground.lane.probe().await.unwrap();
@@ -601,6 +622,7 @@ macro_rules! promises {
             a_dropped_call_of_a_member_loses_nothing
             the_backlog_is_what_a_group_has_not_acknowledged
             topics_are_those_that_exist
+            topics_that_appear_become_known
             a_probe_goes_through_storage
         }
     };

@@ -1,7 +1,7 @@
 //! What a group member holds: how long, how often, and where it goes that nobody acknowledges. The same on the
 //! embedded log and on Pulsar.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -361,6 +361,10 @@ impl DurableLane for Reluctant {
 
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
         self.log.topics(pattern).await
+    }
+
+    fn watch_topics(&self) -> watch::Receiver<BTreeSet<Topic>> {
+        self.log.watch_topics()
     }
 
     async fn create(&self, route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError> {

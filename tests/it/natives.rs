@@ -107,6 +107,33 @@ async fn a_durable_topic_is_a_pulsar_topic() {
     assert_eq!(ids.iter().collect::<std::collections::HashSet<_>>().len(), ids.len());
 }
 
+#[tokio::test]
+async fn a_pattern_hears_topics_that_native_clients_make_from_their_first_message_on() {
+    let Some(span) = Span::on_brokers().await else { return };
+    let native = Pulsar::builder(shared_pulsar().await.url(), TokioExecutor).build().await.unwrap();
+    let mut plain = span.client().await;
+    plain.subscribe("orders.>", nothing()).await.unwrap();
+    let mut member = span.client().await;
+    member.subscribe("orders.>", json!({"group": "g", "ack": "auto"})).await.unwrap();
+    for n in 0..10 {
+        let topic = format!("persistent://public/default/{}.orders.native.{n}", span.own);
+        let mut producer = native.producer().with_topic(topic).build().await.unwrap();
+        for payload in [b"1", b"2"] {
+            producer.send_non_blocking(payload.to_vec()).await.unwrap().await.unwrap();
+        }
+        for client in [&mut plain, &mut member] {
+            for payload in [b"1", b"2"] {
+                let event = next(client).await;
+                assert_eq!(event.topic, Some(format!("orders.native.{n}")));
+                assert_eq!(event.payload().unwrap(), payload);
+            }
+        }
+    }
+    // Each topic was made after the one before was heard: without the broker's word that takes ten at least.
+    let listings = span.metric("twinspan_topic_listings_total");
+    assert!(listings <= 4.0, "all topics were asked for {listings} times");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_plain_subscribers_are_one_reader_at_the_broker() {
     let Some(span) = Span::on_brokers().await else { return };

@@ -30,6 +30,7 @@ mod outages;
 mod places;
 mod producing;
 mod security;
+mod topics;
 
 fn settings(broker: &Broker) -> DurableSettings {
     DurableSettings {

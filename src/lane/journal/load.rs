@@ -22,6 +22,7 @@ pub fn load(log: &Log) -> Result<u32, Failure> {
             let missed = missed(&log.store, &topic, extent.next)?;
             topic.moved(*extent, || missed);
         }
+        log.topics.is_stored(&topic.topic);
     }
     let stored: HashSet<_> = groups.iter().map(|(id, name, _)| (*id, name.as_str())).collect();
     for topic in log.topics.stored() {

@@ -11,6 +11,7 @@
 //! hands out flipped bits (`record`), it stops for good at the first I/O error (`trouble`), and it can only commit as
 //! fast as the disk syncs (`writer`). The file does not shrink while it is open; what retention frees is used again.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -221,6 +222,10 @@ impl DurableLane for Journal {
         let mut topics = self.log.topics.matching(pattern);
         topics.retain(|topic| table.route_for(topic).is_some_and(|route| route.lane == Lane::Durable));
         Ok(topics)
+    }
+
+    fn watch_topics(&self) -> watch::Receiver<BTreeSet<Topic>> {
+        self.log.topics.watch()
     }
 
     async fn create(&self, _route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError> {

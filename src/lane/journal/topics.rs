@@ -2,7 +2,7 @@
 //!
 //! Everything here is read from storage when the log is opened and moves after a commit, never before.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use tokio::sync::watch;
@@ -99,6 +99,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Topics {
     epoch: u64,
     known: Mutex<Known>,
+    stored: watch::Sender<BTreeSet<Topic>>,
 }
 
 #[derive(Default)]
@@ -112,7 +113,7 @@ const SWEEP_MIN: usize = 1024;
 
 impl Topics {
     pub fn new(epoch: u64) -> Self {
-        Self { epoch, known: Mutex::default() }
+        Self { epoch, known: Mutex::default(), stored: watch::Sender::default() }
     }
 
     pub fn get(&self, topic: &Topic) -> Arc<TopicLog> {
@@ -139,14 +140,16 @@ impl Topics {
     }
 
     pub fn matching(&self, pattern: &Pattern) -> Vec<Topic> {
-        let mut found: Vec<_> = self
-            .stored()
-            .iter()
-            .map(|log| log.topic.clone())
-            .filter(|topic| pattern.matches(topic))
-            .collect();
-        found.sort();
-        found
+        self.stored.borrow().iter().filter(|topic| pattern.matches(topic)).cloned().collect()
+    }
+
+    pub fn watch(&self) -> watch::Receiver<BTreeSet<Topic>> {
+        self.stored.subscribe()
+    }
+
+    /// A topic is stored from now on.
+    pub fn is_stored(&self, topic: &Topic) {
+        self.stored.send_if_modified(|stored| !stored.contains(topic) && stored.insert(topic.clone()));
     }
 
     /// Every tail that somebody follows.
@@ -165,6 +168,7 @@ mod tests {
         let used = topics.get(&Topic::parse("used").unwrap());
         let stored = Topic::parse("stored").unwrap();
         topics.get_at(&stored, Extent { id: 1, ..Extent::NONE });
+        topics.is_stored(&stored);
         for n in 0..SWEEP_MIN * 3 {
             topics.get(&Topic::parse(&format!("t{n}")).unwrap());
         }

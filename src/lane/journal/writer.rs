@@ -376,9 +376,13 @@ impl Writer {
         }
         for (at, (log, extent)) in staged.extents {
             let messages = stored.remove(&at).unwrap_or_default();
+            let is_new = log.extent().id == 0;
             log.moved(extent, || {
                 messages.into_iter().map(|(seq, message)| log.envelope(seq, message)).collect()
             });
+            if is_new {
+                self.log.topics.is_stored(&log.topic);
+            }
         }
         for group in staged.deleted {
             lock(&group.topic.groups).retain(|_, known| !Arc::ptr_eq(known, &group));

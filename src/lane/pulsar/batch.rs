@@ -400,7 +400,6 @@ mod tests {
             let sealed = self.queue.take(&seal, self.sequence)?;
             assert_eq!(sealed.sequence, self.sequence);
             self.sequence = sealed.highest + 1;
-            let mut bytes = bytes::BytesMut::new();
             // As a broker passes it on: behind another command.
             let whole = sealed.frame.concat();
             let size = u32::from_be_bytes(whole[4..8].try_into().unwrap()) as usize;
@@ -409,7 +408,7 @@ mod tests {
                 message: Some(Default::default()),
                 ..Default::default()
             };
-            frame::encode(&message, &mut bytes);
+            let mut bytes = bytes::BytesMut::from(&frame::encode(&message)[..]);
             bytes.extend_from_slice(&whole[8 + size..]);
             let total = bytes.len() as u32 - 4;
             bytes[..4].copy_from_slice(&total.to_be_bytes());

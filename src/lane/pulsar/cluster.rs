@@ -13,6 +13,7 @@ use super::credentials::Credentials;
 use super::fault::Fault;
 use super::names::Physical;
 use super::session::{self, Session};
+use super::watcher::Watcher;
 
 const REDIRECTS_MAX: usize = 20;
 /// Java clients look for new partitions as often.
@@ -105,6 +106,12 @@ impl Cluster {
     pub async fn topics(&self, namespace: &str) -> Result<Vec<String>, Fault> {
         let (session, _) = self.service().await?;
         session.topics(namespace).await
+    }
+
+    /// Any broker tells of the topics that appear on all of them.
+    pub async fn watch(&self, namespace: &str, expression: &str) -> Result<Watcher, Fault> {
+        let (session, _) = self.service().await?;
+        Watcher::place(session, namespace, expression).await
     }
 
     /// A connection to any service that answers, the one that answered last before the others.

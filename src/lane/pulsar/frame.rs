@@ -13,6 +13,8 @@ use prost::encoding::{encode_varint, encoded_len_varint};
 use pulsar::proto::base_command::Type;
 use pulsar::proto::{BaseCommand, CommandMessage, CommandSendReceipt, MessageMetadata};
 
+use super::newer::{self, NewerCommand};
+
 /// Far above what a broker is set to send (5 MiB by default); what claims more is no frame.
 const FRAME_BYTES_MAX: usize = 128 << 20;
 const CHECKSUM_FOLLOWS: u16 = 0x0e01;
@@ -25,6 +27,7 @@ const TYPE_FIELD: u8 = 1 << 3;
 pub enum Frame {
     Receipt(CommandSendReceipt),
     Message(CommandMessage, Result<Entry, Broken>),
+    Newer(NewerCommand),
     Other(Box<BaseCommand>),
 }
 
@@ -53,13 +56,14 @@ pub struct Broken;
 #[error("the broker sent what is not a Pulsar frame ({0})")]
 pub struct NotAFrame(&'static str);
 
-pub fn encode(command: &BaseCommand, into: &mut BytesMut) {
+pub fn encode(command: &impl prost::Message) -> Bytes {
     let size = command.encoded_len();
-    into.reserve(size + 8);
-    into.put_u32(size as u32 + 4);
-    into.put_u32(size as u32);
+    let mut frame = BytesMut::with_capacity(size + 8);
+    frame.put_u32(size as u32 + 4);
+    frame.put_u32(size as u32);
     // Fails only where room is lacking, and it has just been made.
-    let _ = command.encode(into);
+    let _ = command.encode(&mut frame);
+    frame.freeze()
 }
 
 /// Takes the next whole frame; `None` until it is whole.
@@ -92,6 +96,9 @@ pub fn decode(from: &mut BytesMut) -> Result<Option<Frame>, NotAFrame> {
             }
             _ => return Err(UNREADABLE),
         }
+    }
+    if kind.is_some_and(newer::is_newer) {
+        return Ok(Some(Frame::Newer(NewerCommand::decode(command).map_err(|_| UNREADABLE)?)));
     }
     let command = BaseCommand::decode(command).map_err(|_| UNREADABLE)?;
     Ok(Some(Frame::Other(Box::new(command))))
@@ -187,8 +194,7 @@ mod tests {
         let message = CommandMessage { consumer_id: 9, ..Default::default() };
         let message =
             BaseCommand { r#type: Type::Message as i32, message: Some(message), ..Default::default() };
-        let mut frame = BytesMut::new();
-        encode(&message, &mut frame);
+        let mut frame = BytesMut::from(&encode(&message)[..]);
         frame.put_slice(&sent[8 + size..]);
         let total = frame.len() as u32 - 4;
         frame[..4].copy_from_slice(&total.to_be_bytes());
@@ -209,7 +215,7 @@ mod tests {
             assert!(decode(&mut BytesMut::from(&whole[..cut])).unwrap().is_none(), "{cut}");
         }
         let mut two = whole.clone();
-        encode(&ping(), &mut two);
+        two.put_slice(&encode(&ping()));
         let first = decode(&mut two).unwrap().unwrap();
         assert_eq!(entry_of(first).unwrap().data, "data");
         assert!(
@@ -231,8 +237,7 @@ mod tests {
             send_receipt: Some(receipt.clone()),
             ..Default::default()
         };
-        let mut bytes = BytesMut::new();
-        encode(&command, &mut bytes);
+        let mut bytes = BytesMut::from(&encode(&command)[..]);
         assert!(matches!(decode(&mut bytes).unwrap().unwrap(), Frame::Receipt(read) if read == receipt));
     }
 
@@ -241,7 +246,7 @@ mod tests {
         let mut bytes = with_entry(b"data");
         let last = bytes.len() - 1;
         bytes[last] ^= 1;
-        encode(&ping(), &mut bytes);
+        bytes.put_slice(&encode(&ping()));
         assert_eq!(entry_of(decode(&mut bytes).unwrap().unwrap()).unwrap_err(), Broken);
         assert!(decode(&mut bytes).unwrap().is_some());
     }

@@ -11,7 +11,7 @@
 //! not the other's. What the rest of twinspan sees is `DurableLane` alone. Of the `pulsar` crate only the protocol's
 //! types are used, and only in this folder.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,6 +49,7 @@ mod groups;
 mod health;
 mod held;
 mod names;
+mod newer;
 pub mod peer;
 mod producer;
 mod read;
@@ -56,6 +57,8 @@ mod record;
 mod room;
 mod session;
 mod share;
+mod topics;
+mod watcher;
 
 use address::Address;
 use admin::Admin;
@@ -68,6 +71,7 @@ use groups::Groups;
 use health::{Canary, Health};
 use names::Physical;
 use read::{Plan, Source, TopicReader};
+use topics::Topics;
 
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(4);
@@ -80,6 +84,7 @@ pub struct PulsarLane {
     admin: Admin,
     producers: Arc<Producers>,
     canary: Arc<Canary>,
+    topics: Arc<Topics>,
     tails: Tails,
     groups: Groups,
     publish_timeout: Duration,
@@ -114,15 +119,19 @@ impl PulsarLane {
         let producers =
             Producers::new(publishing.clone(), state.clone(), settings.publish_timeout, stop.child_token());
         let canary = Arc::new(Canary::new(policy.clone(), producers.clone()));
+        let cluster = Arc::new(Cluster::new(services, credentials));
+        let topics = Arc::new(Topics::new(policy.clone(), cluster.clone(), metrics.clone()));
         let health = Health { cluster: publishing.clone(), canary: canary.clone(), metrics, state: states };
         tokio::spawn(health.run(stop.child_token()));
+        tokio::spawn(topics.clone().run(stop.child_token()));
         Ok(Arc::new(Self {
             policy,
-            cluster: Arc::new(Cluster::new(services, credentials)),
+            cluster,
             publishing,
             admin,
             producers,
             canary,
+            topics,
             tails: Tails::default(),
             groups: Groups::default(),
             publish_timeout: settings.publish_timeout,
@@ -136,38 +145,6 @@ impl PulsarLane {
         self.up()?;
         let physical = Physical::of(route, topic)?;
         Source::find(self.cluster.clone(), topic.clone(), physical).await.map_err(Fault::on_lane)
-    }
-
-    /// The topics that match, whether or not the lane counts as up.
-    async fn stored(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
-        let table = self.policy.table();
-        // The namespaces that topics of this pattern can be in, each asked once.
-        let mut templates: BTreeMap<String, Vec<Arc<Route>>> = BTreeMap::new();
-        for route in table.overlapping(pattern).filter(|route| route.lane == Lane::Durable) {
-            let sample = Physical::parse(route.pulsar.apply("x")).ok_or_else(|| {
-                LaneError::BadRequest(format!("route `{}` names no Pulsar topic", route.name))
-            })?;
-            templates.entry(sample.namespace().to_owned()).or_default().push(route.clone());
-        }
-        let mut found = BTreeSet::new();
-        for (namespace, routes) in templates {
-            let names = match self.cluster.topics(&namespace).await {
-                Ok(names) => names,
-                // A namespace that is not there has no topics.
-                Err(fault) if fault.is_not_found() => continue,
-                Err(fault) => return Err(fault.on_lane()),
-            };
-            for physical in names.into_iter().filter_map(Physical::parse).map(Physical::whole) {
-                found.extend(routes.iter().filter_map(|route| {
-                    let topic = Topic::parse(route.pulsar.unapply(physical.as_str())?).ok()?;
-                    let wins = table
-                        .route_for(&topic)
-                        .is_some_and(|winner| winner.lane == Lane::Durable && winner.pulsar == route.pulsar);
-                    (wins && pattern.matches(&topic)).then_some(topic)
-                }));
-            }
-        }
-        Ok(found.into_iter().collect())
     }
 
     fn up(&self) -> Result<(), LaneError> {
@@ -230,7 +207,11 @@ impl DurableLane for PulsarLane {
 
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
         self.up()?;
-        self.stored(pattern).await
+        self.topics.matching(pattern).await
+    }
+
+    fn watch_topics(&self) -> watch::Receiver<BTreeSet<Topic>> {
+        self.topics.watch()
     }
 
     async fn create(&self, route: &Arc<Route>, topic: &Topic) -> Result<bool, LaneError> {
@@ -253,7 +234,7 @@ impl DurableLane for PulsarLane {
         if problems.is_empty() {
             // Topics can be asked for once their namespaces are there.
             for (route, written) in table.entries().filter(|(route, _)| route.lane == Lane::Durable) {
-                let topics = self.stored(&route.pattern).await?;
+                let topics = self.topics.matching(&route.pattern).await?;
                 problems.extend(examine::schemas(&self.admin, route, written, topics).await?);
             }
         }

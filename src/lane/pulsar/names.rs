@@ -3,7 +3,8 @@
 use std::fmt;
 
 use crate::lane::contract::LaneError;
-use crate::policy::table::Route;
+use crate::message::Lane;
+use crate::policy::table::{Route, RouteTable};
 use crate::topic::Topic;
 
 /// A topic by Pulsar's name, or one partition of it.
@@ -67,6 +68,17 @@ impl Physical {
     pub fn is_partition(&self) -> bool {
         self.clone().whole() != *self
     }
+}
+
+/// The topic that a name of the broker's stands for, by the routes in force.
+pub fn topic_of(table: &RouteTable, name: String) -> Option<Topic> {
+    let physical = Physical::parse(name)?.whole();
+    let mut durable = table.routes().iter().filter(|route| route.lane == Lane::Durable);
+    durable.find_map(|route| {
+        let topic = Topic::parse(route.pulsar.unapply(physical.as_str())?).ok()?;
+        let winner = table.route_for(&topic)?;
+        (winner.lane == Lane::Durable && winner.pulsar == route.pulsar).then_some(topic)
+    })
 }
 
 impl fmt::Display for Physical {

@@ -39,6 +39,7 @@ use super::address::Address;
 use super::credentials::Credentials;
 use super::fault::Fault;
 use super::frame::{self, Broken, Entry, Frame};
+use super::newer::{Changed, NewerCommand};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,6 +51,8 @@ const LOST_AFTER: Duration = Duration::from_secs(8);
 const PRODUCER_TIMEOUT: Duration = Duration::from_secs(8);
 /// Commands that wait to be written. Callers wait while it is full.
 const OUTGOING: usize = 1024;
+/// Changes that wait for a watcher's owner. Full: the watch ends, and its owner lists the topics.
+const CHANGES: usize = 1024;
 /// What is read with one call at least, if it is there.
 const READ_BYTES: usize = 64 << 10;
 /// Pieces up to this are copied together, larger ones are written from where they are.
@@ -81,9 +84,12 @@ pub trait Outlet: Send + Sync {
 
 pub struct Session {
     shared: Arc<Shared>,
-    outgoing: mpsc::Sender<BaseCommand>,
+    /// Commands as they are sent.
+    outgoing: mpsc::Sender<Bytes>,
     /// The largest entry that the broker takes.
     pub message_bytes_max: usize,
+    /// Whether the broker tells of topics that appear.
+    pub takes_watchers: bool,
     next: AtomicU64,
     _end: DropGuard,
 }
@@ -102,6 +108,7 @@ struct Users {
     waiting: HashMap<u64, oneshot::Sender<Result<BaseCommand, Fault>>>,
     consumers: HashMap<u64, Attached>,
     outlets: HashMap<u64, (u64, Arc<dyn Outlet>)>,
+    watchers: HashMap<u64, mpsc::Sender<Changed>>,
     lost: Option<String>,
 }
 
@@ -159,21 +166,20 @@ impl Session {
             ..Default::default()
         };
         let connect = BaseCommand { connect: Some(connect), ..command(Type::Connect) };
-        let mut bytes = BytesMut::new();
-        frame::encode(&connect, &mut bytes);
-        writing.write_all(&bytes).await.map_err(broken)?;
+        writing.write_all(&frame::encode(&connect)).await.map_err(broken)?;
         writing.flush().await.map_err(broken)?;
-        bytes.clear();
-        let answer = read_command(&mut reading, &mut bytes).await?;
-        if let Some(error) = answer.error {
-            // Not the answer to a question: there is no connection, and a token that is refused may be replaced.
-            let refused = Fault::refused(error.error, error.message);
-            return Err(Fault::Lost(format!("cannot connect to {}: {refused}", address.host)));
-        }
-        let Some(connected) = answer.connected else {
-            return Err(Fault::Lost(format!("what answers at {} is not a Pulsar broker", address.host)));
+        let mut bytes = BytesMut::new();
+        let connected = match read_frame(&mut reading, &mut bytes).await? {
+            Frame::Newer(NewerCommand { connected: Some(connected), .. }) => connected,
+            Frame::Other(answer) if answer.error.is_some() => {
+                let error = answer.error.unwrap_or_default();
+                // Not the answer to a question: there is no connection, and a token that is refused may be replaced.
+                let refused = Fault::refused(error.error, error.message);
+                return Err(Fault::Lost(format!("cannot connect to {}: {refused}", address.host)));
+            }
+            _ => return Err(Fault::Lost(format!("what answers at {} is not a Pulsar broker", address.host))),
         };
-        let max = connected.max_message_size.and_then(|max| usize::try_from(max).ok());
+        let max = connected.message_bytes_max.and_then(|max| usize::try_from(max).ok());
 
         let end = CancellationToken::new();
         let shared = Arc::new(Shared {
@@ -195,6 +201,7 @@ impl Session {
             shared,
             outgoing,
             message_bytes_max: max.filter(|max| *max > 0).unwrap_or(MESSAGE_BYTES_MAX),
+            takes_watchers: connected.takes_watchers(),
             next: AtomicU64::new(1),
             _end: end.drop_guard(),
         }))
@@ -210,14 +217,17 @@ impl Session {
     }
 
     /// Sends a command that has an answer, and waits for it.
-    pub async fn request(&self, make: impl FnOnce(u64) -> BaseCommand) -> Result<BaseCommand, Fault> {
+    pub async fn request<C: prost::Message>(
+        &self,
+        make: impl FnOnce(u64) -> C,
+    ) -> Result<BaseCommand, Fault> {
         self.request_within(ANSWER_TIMEOUT, make).await
     }
 
-    async fn request_within(
+    async fn request_within<C: prost::Message>(
         &self,
         within: Duration,
-        make: impl FnOnce(u64) -> BaseCommand,
+        make: impl FnOnce(u64) -> C,
     ) -> Result<BaseCommand, Fault> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
@@ -229,8 +239,9 @@ impl Session {
             users.waiting.insert(id, answer);
         }
         let _waiting = Waiting { shared: &self.shared, id };
+        let command = frame::encode(&make(id));
         let asked = async {
-            self.send(make(id)).await?;
+            self.outgoing.send(command).await.map_err(|_| self.shared.why())?;
             answered.await.unwrap_or_else(|_| Err(self.shared.why()))
         };
         match timeout(within, asked).await {
@@ -240,7 +251,15 @@ impl Session {
     }
 
     pub async fn send(&self, command: BaseCommand) -> Result<(), Fault> {
-        self.outgoing.send(command).await.map_err(|_| self.shared.why())
+        self.outgoing.send(frame::encode(&command)).await.map_err(|_| self.shared.why())
+    }
+
+    /// A command that has to go out without waiting, since it frees something at the broker.
+    fn send_now(&self, command: &impl prost::Message) {
+        if self.outgoing.try_send(frame::encode(command)).is_err() {
+            // The line is full, so the broker has stopped reading: a new connection frees what this one holds.
+            self.shared.lose("the broker takes nothing any more");
+        }
     }
 
     pub async fn lookup(
@@ -340,10 +359,7 @@ impl Session {
         }
         let request_id = self.next.fetch_add(1, Ordering::Relaxed);
         let close = CommandCloseProducer { producer_id: id, request_id };
-        let close = BaseCommand { close_producer: Some(close), ..command(Type::CloseProducer) };
-        if self.outgoing.try_send(close).is_err() {
-            self.shared.lose("the broker takes nothing any more");
-        }
+        self.send_now(&BaseCommand { close_producer: Some(close), ..command(Type::CloseProducer) });
     }
 
     /// The schema that a topic has in the registry.
@@ -387,11 +403,21 @@ impl Session {
         }
         let request_id = self.next.fetch_add(1, Ordering::Relaxed);
         let close = CommandCloseConsumer { consumer_id, request_id };
-        let close = BaseCommand { close_consumer: Some(close), ..command(Type::CloseConsumer) };
-        if self.outgoing.try_send(close).is_err() {
-            // The line is full, so the broker has stopped reading: a new connection frees what this one holds.
-            self.shared.lose("the broker takes nothing any more");
-        }
+        self.send_now(&BaseCommand { close_consumer: Some(close), ..command(Type::CloseConsumer) });
+    }
+
+    /// A watcher's number, and what the broker will tell it. That ends with the connection, and where nobody takes it.
+    pub fn attach_watcher(&self) -> (u64, mpsc::Receiver<Changed>) {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (tell, told) = mpsc::channel(CHANGES);
+        self.shared.users().watchers.insert(id, tell);
+        (id, told)
+    }
+
+    /// Closes a watcher at the broker. One that has ended here may still be open there.
+    pub fn detach_watcher(&self, id: u64) {
+        self.shared.users().watchers.remove(&id);
+        self.send_now(&NewerCommand::unwatch(self.next.fetch_add(1, Ordering::Relaxed), id));
     }
 }
 
@@ -431,6 +457,7 @@ impl Shared {
         users.lost.get_or_insert_with(|| why.into());
         users.waiting.clear();
         users.consumers.clear();
+        users.watchers.clear();
         let outlets = std::mem::take(&mut users.outlets);
         drop(users);
         self.end.cancel();
@@ -457,12 +484,6 @@ impl Pieces {
         }
         self.close();
         self.whole.push_back(piece.clone());
-    }
-
-    fn command(&mut self, command: &BaseCommand) {
-        let before = self.small.len();
-        frame::encode(command, &mut self.small);
-        self.bytes += self.small.len() - before;
     }
 
     /// Puts the small ones in their place among the others.
@@ -508,7 +529,7 @@ impl Buf for Pieces {
 
 async fn write(
     mut stream: impl AsyncWrite + Unpin,
-    mut commands: mpsc::Receiver<BaseCommand>,
+    mut commands: mpsc::Receiver<Bytes>,
     shared: Arc<Shared>,
 ) {
     let end = shared.end.clone();
@@ -524,7 +545,7 @@ async fn write(
                 () = shared.wake.notified() => {}
             }
             for command in batch.drain(..) {
-                pieces.command(&command);
+                pieces.push(&command);
             }
             std::mem::swap(&mut ready, &mut shared.ready());
             for id in ready.drain(..) {
@@ -548,7 +569,7 @@ async fn write(
 
 struct Incoming {
     shared: Arc<Shared>,
-    outgoing: mpsc::Sender<BaseCommand>,
+    outgoing: mpsc::Sender<Bytes>,
     credentials: Credentials,
     broker: String,
 }
@@ -607,6 +628,22 @@ impl Incoming {
                 }
                 return Ok(());
             }
+            Frame::Newer(NewerCommand { watching: Some(watching), .. }) => {
+                if let Some(waiting) = self.shared.users().waiting.remove(&watching.request_id) {
+                    // That it came is all it says. Whoever asked may have given up.
+                    let _ = waiting.send(Ok(BaseCommand::default()));
+                }
+                return Ok(());
+            }
+            Frame::Newer(NewerCommand { changed: Some(changed), .. }) => {
+                let watchers = &mut self.shared.users().watchers;
+                let id = changed.watcher_id;
+                if watchers.get(&id).is_some_and(|watcher| watcher.try_send(changed).is_err()) {
+                    watchers.remove(&id);
+                }
+                return Ok(());
+            }
+            Frame::Newer(_) => return Ok(()),
             Frame::Other(command) => *command,
         };
         if let Some(closed) = &command.close_consumer {
@@ -653,18 +690,15 @@ impl Incoming {
 
     /// Never waits: the reader must go on, or nobody reads what would make room.
     fn answer(&self, command: BaseCommand) -> Result<(), String> {
-        self.outgoing.try_send(command).map_err(|_| "the broker takes nothing any more".into())
+        let sent = self.outgoing.try_send(frame::encode(&command));
+        sent.map_err(|_| "the broker takes nothing any more".into())
     }
 }
 
-async fn read_command(
-    stream: &mut (impl AsyncRead + Unpin),
-    bytes: &mut BytesMut,
-) -> Result<BaseCommand, Fault> {
+async fn read_frame(stream: &mut (impl AsyncRead + Unpin), bytes: &mut BytesMut) -> Result<Frame, Fault> {
     loop {
         match frame::decode(bytes) {
-            Ok(Some(Frame::Other(command))) => return Ok(*command),
-            Ok(Some(_)) => return Err(unexpected()),
+            Ok(Some(frame)) => return Ok(frame),
             Ok(None) => {}
             Err(error) => return Err(Fault::Lost(error.to_string())),
         }

@@ -5,8 +5,11 @@
 //! ```
 //! On a durable topic nothing is missed and nothing comes twice. What an ephemeral one said meanwhile is gone, and a
 //! gap stands in its place.
+//!
+//! The newest of each topic of a pattern cannot be asked for beside positions. Where that replay is cut off it is asked
+//! for once more, for the topics that had brought nothing; then everything goes on from the positions.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
@@ -59,13 +62,20 @@ impl Subscription {
                 continue;
             };
             let error = match live.next().await {
-                Ok(heard) => match self.place.hear(heard) {
-                    Ok(incoming) => {
-                        self.ready.extend(incoming);
-                        continue;
+                Ok(heard) => {
+                    let was_catching_up = self.place.passed_over.is_some();
+                    match self.place.hear(heard) {
+                        Ok(incoming) => {
+                            self.ready.extend(incoming);
+                            if was_catching_up && self.place.passed_over.is_none() {
+                                // What was passed over comes by another subscription.
+                                self.live = None;
+                            }
+                            continue;
+                        }
+                        Err(error) => error,
                     }
-                    Err(error) => error,
-                },
+                }
                 Err(error) => error,
             };
             if let Some(live) = self.live.take() {
@@ -115,6 +125,10 @@ struct Place {
     /// Whether all that was asked for from storage has come.
     replayed: bool,
     resumed: bool,
+    /// The newest of each topic of a pattern were asked for, and not all of them have brought theirs.
+    owed: bool,
+    /// Those are asked for again: the topics of which nothing is taken meanwhile.
+    passed_over: Option<BTreeSet<String>>,
 }
 
 struct Began {
@@ -132,7 +146,9 @@ impl Place {
             _ => BTreeMap::new(),
         };
         let replayed = asked.from == Start::Latest;
-        Self { topic: topic.into(), asked, began: None, reached, replayed, resumed: false }
+        let owed = is_pattern(topic) && matches!(asked.from, Start::Last(_));
+        let (began, topic) = (None, topic.into());
+        Self { topic, asked, began, reached, replayed, resumed: false, owed, passed_over: None }
     }
 
     /// What to subscribe with now, and whether something is missing before what that brings.
@@ -148,7 +164,7 @@ impl Place {
         if began.lane.as_deref() == Some("ephemeral") {
             return (Map::new(), true);
         }
-        let is_pattern = self.topic.split('.').any(|token| token == "*" || token == ">");
+        let is_pattern = is_pattern(&self.topic);
         let has_ephemeral = is_pattern && began.lane.is_none();
         let as_at_first = (start_fields(&self.asked.from), has_ephemeral);
         if !is_pattern {
@@ -159,6 +175,10 @@ impl Place {
                 None => as_at_first,
             };
         }
+        if self.owed {
+            // The gap of what is ephemeral stands before all that comes after it.
+            return (as_at_first.0, false);
+        }
         if self.reached.is_empty() && !self.replayed {
             return as_at_first;
         }
@@ -167,17 +187,17 @@ impl Place {
             Start::Time(time) | Start::Resume { others_from: time, .. } => time.to_string(),
             Start::Latest | Start::After(_) | Start::Last(_) => began.ts.clone(),
         };
-        // The newest of a topic that had not brought any of them yet cannot be asked for beside positions.
-        let is_cut_short = !self.replayed && matches!(self.asked.from, Start::Last(_));
-        let resume = from(json!({ "positions": self.reached, "time": others_from }));
-        (resume, has_ephemeral || is_cut_short)
+        (from(json!({ "positions": self.reached, "time": others_from })), has_ephemeral)
     }
 
     fn subscribed(&mut self, ack: &Heard) {
+        // What is ephemeral goes on with what is said from now on.
+        self.owed &= ack.lane.as_deref() != Some("ephemeral");
         match &mut self.began {
             Some(began) => {
                 began.lane.clone_from(&ack.lane);
                 self.resumed = true;
+                self.passed_over = self.owed.then(|| self.reached.keys().cloned().collect());
             }
             None => {
                 self.began = Some(Began {
@@ -187,6 +207,26 @@ impl Place {
                 });
             }
         }
+    }
+
+    /// Whether an event goes on where its topic stands. While the newest are asked for again, a topic that was reached
+    /// before goes on from its position later, and one whose newest begin after the subscription did goes on from that
+    /// time: more of it may have come since than were asked for.
+    fn goes_on(&mut self, heard: &Heard) -> bool {
+        let (Some(passed_over), Some(began)) = (&mut self.passed_over, &self.began) else { return true };
+        let (Some(topic), Some(_)) = (&heard.topic, &heard.position) else { return false };
+        if passed_over.contains(topic) {
+            return false;
+        }
+        let is_older = || {
+            let [ts, began] = [&heard.ts, &began.ts].map(|ts| ts.parse::<Timestamp>().ok());
+            ts < began
+        };
+        let goes_on = self.reached.contains_key(topic) || is_older();
+        if !goes_on {
+            passed_over.insert(topic.clone());
+        }
+        goes_on
     }
 
     fn moved_to_ephemeral(&mut self) {
@@ -205,6 +245,9 @@ impl Place {
                     // The bridge's history, of which part was handed out before. The gap stands for the rest.
                     return Ok(None);
                 }
+                if !self.goes_on(&heard) {
+                    return Ok(None);
+                }
                 if let (Some(topic), Some(position)) = (&heard.topic, &heard.position) {
                     self.reached.insert(topic.clone(), position.clone());
                 }
@@ -216,6 +259,11 @@ impl Place {
                 reason: heard.reason.unwrap_or_default(),
             })),
             "info" if heard.code.as_deref() == Some("REPLAY_DONE") => {
+                self.owed = false;
+                if self.passed_over.take().is_some() {
+                    // What was passed over is still to come.
+                    return Ok(None);
+                }
                 let is_first = !std::mem::replace(&mut self.replayed, true);
                 Ok(is_first.then_some(Incoming::Info(heard)))
             }
@@ -230,6 +278,10 @@ impl Place {
             _ => Ok(None),
         }
     }
+}
+
+fn is_pattern(topic: &str) -> bool {
+    topic.split('.').any(|token| token == "*" || token == ">")
 }
 
 /// Where a subscription begins, as fields of its frame.
@@ -306,17 +358,53 @@ mod tests {
         assert_eq!(resumes(&place), (from, false));
         let place = begun("a.>", Start::Latest, Some("durable"));
         assert_eq!(resumes(&place), (json!({ "from": { "positions": {}, "time": BEGAN } }), false));
+    }
+
+    #[test]
+    fn the_newest_of_a_pattern_are_asked_for_until_each_topic_has_brought_its_own() {
+        const BEFORE: &str = "2025-12-31T23:59:59.999Z";
+        let event = |topic: &str, position: &str, ts: &str| {
+            heard(json!({ "type": "event", "topic": topic, "position": position, "lane": "durable",
+                "subscription": "a.>", "message": { "payload": 1 }, "ts": ts }))
+        };
         let mut place = begun("a.>", Start::Last(2), Some("durable"));
         handed(&mut place, "a.b", "1-2-3");
-        assert!(resumes(&place).1, "the newest of the other topics may be missing");
-        done(&mut place);
-        assert!(!resumes(&place).1);
+        for _ in 0..2 {
+            assert_eq!(resumes(&place), (json!({ "last_n": 2 }), false));
+            place.subscribed(&heard(
+                json!({ "type": "ack", "lane": "durable", "ts": "2026-01-01T00:00:09.000Z" }),
+            ));
+            assert!(
+                place.hear(event("a.b", "1-2-9", BEGAN)).unwrap().is_none(),
+                "it goes on from its position"
+            );
+            assert!(
+                place.hear(event("a.d", "3-2-7", BEGAN)).unwrap().is_none(),
+                "it goes on from when all began"
+            );
+            assert!(place.hear(event("a.d", "3-2-8", BEGAN)).unwrap().is_none());
+        }
+        for (position, ts) in [("2-2-2", BEFORE), ("2-2-3", BEGAN)] {
+            assert!(place.hear(event("a.c", position, ts)).unwrap().is_some(), "it had brought nothing");
+        }
+        assert!(!done(&mut place), "what was passed over is still to come");
+        let positions = json!({ "a.b": "1-2-3", "a.c": "2-2-3" });
+        assert_eq!(resumes(&place), (json!({ "from": { "positions": positions, "time": BEGAN } }), false));
+        place.subscribed(&heard(json!({ "type": "ack", "lane": "durable", "ts": BEGAN })));
+        assert!(place.hear(event("a.d", "3-2-7", BEGAN)).unwrap().is_some());
+        assert!(done(&mut place));
     }
 
     #[test]
     fn an_ephemeral_topic_has_a_gap_and_its_history_does_not_come_twice() {
         let place = begun("a.b", Start::Last(5), Some("ephemeral"));
         assert_eq!(resumes(&place), (json!({}), true));
+        let mut place = begun("a.*", Start::Last(5), Some("ephemeral"));
+        assert_eq!(resumes(&place), (json!({}), true));
+        place.subscribed(&heard(json!({ "type": "ack", "lane": "ephemeral", "ts": BEGAN })));
+        let event = json!({ "type": "event", "topic": "a.b", "lane": "ephemeral",
+            "message": { "payload": 1 }, "ts": BEGAN });
+        assert!(place.hear(heard(event)).unwrap().is_some());
         let mut place = begun(">", Start::Latest, None);
         assert!(resumes(&place).1);
         place.subscribed(&heard(json!({ "type": "ack", "ts": BEGAN })));

@@ -1,5 +1,6 @@
 //! The client that services use: what it does survives the connection that it was begun on.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,6 +26,7 @@ on_both_kinds! {
     what_was_not_answered_is_sent_again_in_its_order,
     a_subscription_goes_on_over_lost_connections_without_gap_or_duplicate,
     a_pattern_goes_on_over_lost_connections_and_finds_what_appeared_meanwhile,
+    the_newest_of_a_pattern_come_without_gap_or_duplicate_wherever_the_connection_is_cut,
     an_ephemeral_subscription_says_that_it_missed_something,
     a_failed_handler_sees_its_message_again_with_the_attempt_raised,
     eight_handlers_run_at_once_and_each_key_keeps_its_order,
@@ -224,6 +226,70 @@ async fn a_pattern_goes_on_over_lost_connections_and_finds_what_appeared_meanwhi
     let expected = [("orders.a", 0), ("orders.b", 6), ("orders.c", 9)]
         .map(|(topic, first)| (topic.to_owned(), (first..12).collect::<Vec<usize>>()));
     assert_eq!(heard, BTreeMap::from(expected));
+}
+
+async fn the_newest_of_a_pattern_come_without_gap_or_duplicate_wherever_the_connection_is_cut(span: Span) {
+    const TOPICS: usize = 20;
+    let way = way_to(&span).await;
+    let (client, publisher) = (client(&way), Twinspan::new(&span.url(), quick()).unwrap());
+    let topic = |at: usize| format!("orders.newest.{at}");
+    // So large that no buffer on the way holds them all.
+    let padded = |n: usize| format!("{n} {}", " ".repeat(400 << 10));
+    for at in 0..TOPICS {
+        publish(&publisher, &topic(at), 0..2).await;
+        for n in 2..4 {
+            publisher.publish(&topic(at), &padded(n)).await.unwrap();
+        }
+    }
+    let mut newest = client.subscribe("orders.newest.*", from(Start::Last(2))).await.unwrap();
+    let mut heard: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    let done = Cell::new(0);
+    let mut hear = async |heard: &mut BTreeMap<String, Vec<usize>>| match soon(newest.next()).await.unwrap() {
+        Incoming::Event(event) => {
+            let text = text(&event);
+            let n = text.trim_matches('"').trim().parse().unwrap();
+            heard.entry(event.topic().to_owned()).or_default().push(n);
+        }
+        Incoming::Info(info) if info.code.as_deref() == Some("REPLAY_DONE") => done.set(done.get() + 1),
+        other => panic!("{other:?}"),
+    };
+    way.hold();
+    way.cut();
+    // More than were asked for, or fewer.
+    let end = |at: usize| if at.is_multiple_of(2) { 5 } else { 7 };
+    for at in 0..TOPICS {
+        publish(&publisher, &topic(at), 4..end(at)).await;
+    }
+    for round in 0..2 {
+        way.resume();
+        let connections = way.accepted();
+        while way.accepted() == connections {
+            hear(&mut heard).await;
+        }
+        // The second may come later, where a connection has brought all in one go.
+        assert!(round > 0 || done.get() == 0, "it was cut before all had come");
+        way.hold();
+        way.cut();
+    }
+    way.resume();
+    let last =
+        |heard: &BTreeMap<String, Vec<usize>>, at| heard.get(&topic(at)).and_then(|all| all.last().copied());
+    while (0..TOPICS).any(|at| last(&heard, at) != Some(end(at) - 1)) {
+        hear(&mut heard).await;
+    }
+    for at in 0..TOPICS {
+        publish(&publisher, &topic(at), [end(at)]).await;
+    }
+    while (0..TOPICS).any(|at| last(&heard, at) != Some(end(at))) {
+        hear(&mut heard).await;
+    }
+    for at in 0..TOPICS {
+        let heard = &heard[&topic(at)];
+        assert_eq!(*heard, (heard[0]..=end(at)).collect::<Vec<_>>(), "each once and in order");
+        // The newest two of then or of now, and in any case all that came since.
+        assert!((2..=end(at) - 2).contains(&heard[0]) && heard[0] <= 4, "{at} begins with {}", heard[0]);
+    }
+    assert_eq!(done.get(), 1, "told once");
 }
 
 async fn an_ephemeral_subscription_says_that_it_missed_something(span: Span) {

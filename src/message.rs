@@ -354,6 +354,25 @@ impl Position {
         }
     }
 
+    /// The position that is behind both, as far as there are any.
+    pub fn behind(one: Option<Self>, other: Option<Self>) -> Option<Self> {
+        Some(match (one, other) {
+            (
+                Some(Position::Partitioned { mut reached, others_from }),
+                Some(Position::Partitioned { reached: more, .. }),
+            ) => {
+                let places = Arc::make_mut(&mut reached);
+                for (partition, place) in more.iter() {
+                    let here = places.entry(*partition).or_insert(*place);
+                    *here = (*here).max(*place);
+                }
+                Position::Partitioned { reached, others_from }
+            }
+            (Some(one), Some(other)) if one.is_within(&other) => other,
+            (one, other) => return one.or(other),
+        })
+    }
+
     /// Where this position stands in one partition.
     pub fn place(&self, partition: u32) -> Option<Place> {
         match self {
@@ -491,6 +510,18 @@ mod tests {
         assert!(whole.covers(0, place(7)) && !whole.covers(0, place(8)));
         let parts: Position = "2:1-7-0@5".parse().unwrap();
         assert!(parts.covers(2, place(7)) && !parts.covers(2, place(8)) && !parts.covers(0, place(1)));
+    }
+
+    #[test]
+    fn what_is_behind_two_positions_covers_what_either_does() {
+        let position = |text: &str| text.parse::<Position>().unwrap();
+        for (one, other, both) in [
+            ("1-2-0", "1-3-0", "1-3-0"),
+            ("1-3-0", "1-2-0", "1-3-0"),
+            ("0:1-2-0,1:1-9-0@5", "0:1-7-0,2:1-1-0@5", "0:1-7-0,1:1-9-0,2:1-1-0@5"),
+        ] {
+            assert_eq!(Position::behind(Some(position(one)), Some(position(other))), Some(position(both)));
+        }
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub struct Follow {
     /// Held, so that the topic's feed lives on while this follower reads from storage.
     tail: Arc<Tail>,
     cursor: Cursor,
+    /// What stands before the cursor; reached once storage was read.
+    head: Option<Position>,
     source: Source,
     /// Where to begin again until something was reached.
     start: Start,
@@ -53,7 +55,7 @@ enum Source {
 /// What a follower meets next.
 pub enum Step {
     /// Messages in order. A record that could not be read is an error in its place.
-    Events { events: Vec<Result<Arc<Envelope>, LaneError>>, replayed: bool },
+    Events(Vec<Result<Arc<Envelope>, LaneError>>),
     /// Retention had removed what was asked for; what follows is the oldest that is left.
     Missed,
     /// The replay that was asked for is complete.
@@ -86,11 +88,24 @@ impl Follow {
         let (start, reached) = match start {
             Start::After(position) => (Start::Earliest, Some(position)),
             // Of a topic that was empty everything is new.
-            Start::Latest => (Start::Earliest, head),
+            Start::Latest => (Start::Earliest, head.clone()),
             other => (other, None),
         };
         let retry = RETRY_FIRST;
-        Ok(Self { lane, route, topic, tail, cursor, source, start, reached, replaying, unread: None, retry })
+        Ok(Self {
+            lane,
+            route,
+            topic,
+            tail,
+            cursor,
+            head,
+            source,
+            start,
+            reached,
+            replaying,
+            unread: None,
+            retry,
+        })
     }
 
     pub fn topic(&self) -> &Topic {
@@ -139,7 +154,7 @@ impl Follow {
 
     async fn advance(&mut self) -> Result<Option<Step>, LaneError> {
         if let Some(batch) = self.unread.take() {
-            return Ok(self.unseen(batch, self.replaying));
+            return Ok(self.unseen(batch));
         }
         match &mut self.source {
             Source::Storage(reader) => {
@@ -149,15 +164,16 @@ impl Follow {
                     return Ok(Some(Step::Missed));
                 }
                 match batch {
-                    Some(batch) => Ok(self.unseen(batch, self.replaying)),
+                    Some(batch) => Ok(self.unseen(batch)),
                     None => {
                         self.source = Source::Tail;
+                        self.reached = Position::behind(self.reached.take(), self.head.take());
                         Ok(std::mem::take(&mut self.replaying).then_some(Step::CaughtUp))
                     }
                 }
             }
             Source::Tail => match self.cursor.next(STEP_MESSAGES_MAX).await {
-                Ok(batch) => Ok(self.unseen(batch.into_iter().map(Ok).collect(), false)),
+                Ok(batch) => Ok(self.unseen(batch.into_iter().map(Ok).collect())),
                 Err(Ended::Behind) => {
                     self.source = Source::Broken;
                     Ok(None)
@@ -168,7 +184,7 @@ impl Follow {
                 if self.tail.has_failed() {
                     self.tail = self.lane.tail(&self.route, &self.topic).await?;
                 }
-                self.cursor = self.tail.follow().0;
+                (self.cursor, self.head) = self.tail.follow();
                 let from = self.reached.clone().map_or_else(|| self.start.clone(), Start::After);
                 self.source = Source::Storage(self.lane.read(&self.route, &self.topic, from).await?);
                 Ok(None)
@@ -176,7 +192,7 @@ impl Follow {
         }
     }
 
-    fn unseen(&mut self, batch: Vec<Result<Arc<Envelope>, LaneError>>, replayed: bool) -> Option<Step> {
+    fn unseen(&mut self, batch: Vec<Result<Arc<Envelope>, LaneError>>) -> Option<Step> {
         let mut events = Vec::with_capacity(batch.len());
         for event in batch {
             if let Ok(envelope) = &event
@@ -190,7 +206,7 @@ impl Follow {
             }
             events.push(event);
         }
-        (!events.is_empty()).then_some(Step::Events { events, replayed })
+        (!events.is_empty()).then_some(Step::Events(events))
     }
 }
 

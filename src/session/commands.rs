@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::deliveries::Settlement;
-use super::feeds::{discover, follow, take_part};
+use super::feeds::{ByTopic, Run, discover, find, replay, take_part};
 use super::outbox::Item;
 use super::reader::Reader;
 use super::shared::Shared;
@@ -252,10 +252,15 @@ impl Reader {
             let message = format!("`{}` is ephemeral and has no positions; use last_n", subscription.pattern);
             return Err(Fault::new(Code::LaneMismatch, message));
         }
+        let feeds = self.session.feeds.opening.clone();
+        let _opening = match subscription.group.is_none() && subscription.takes(Lane::Durable) {
+            true => Some(self.while_answering(feeds.lock()).await),
+            false => None,
+        };
         // Taken before anything is opened: whoever resumes at this time misses nothing.
         let ts = Timestamp::now();
         let opening = open(subscription.clone(), start.clone());
-        let opened = match self.while_answering(opening).await {
+        let mut opened = match self.while_answering(opening).await {
             Ok(opened) => opened,
             Err(fault) => {
                 subscription.end();
@@ -267,21 +272,30 @@ impl Reader {
             let _ = self.session.client_id.set(client_id);
         }
         let lanes: Vec<Lane> = subscription.lanes().collect();
-        let is_durable_group = subscription.group.is_some() && subscription.takes(Lane::Durable);
-        let ack = Ack {
+        let group = subscription.group.as_ref();
+        let durable_group = group.filter(|_| subscription.takes(Lane::Durable));
+        let mut ack = Ack {
             request_id,
             topic: Some(subscription.pattern.clone()),
             lane: (lanes.len() == 1).then(|| lanes[0]),
             ts,
-            position: opened.position(&subscription, &start, ts),
-            group: subscription.group.as_ref().map(|group| group.name.clone()),
-            mode: subscription.group.as_ref().filter(|_| is_durable_group).map(|group| group.mode.as_str()),
-            prefetch: subscription.group.as_ref().filter(|_| is_durable_group).map(|group| group.prefetch),
+            group: group.map(|group| group.name.clone()),
+            mode: durable_group.map(|group| group.mode.as_str()),
+            prefetch: durable_group.map(|group| group.prefetch),
             last_n,
             ..Ack::default()
         };
-        self.session.outbox.push(Event::Ack(ack.into()));
-        self.keep_subscription(key, subscription, opened, start != Start::Latest);
+        let is_replay = start != Start::Latest;
+        {
+            // The feeds stand still: no event that is this one's comes before the ack, and none behind it is left out.
+            let mut feeds = self.session.feeds.lock();
+            ack.position = opened.position(&subscription, &start, ts, &feeds);
+            self.session.outbox.push(Event::Ack(ack.into()));
+            if !is_replay {
+                opened.go_live(&subscription, &mut feeds);
+            }
+        }
+        self.keep_subscription(key, subscription, opened, is_replay);
         Ok(())
     }
 
@@ -345,7 +359,7 @@ impl Reader {
     pub(super) fn drop_subscription(&mut self, subscription: &Arc<Subscription>) {
         self.session.plain().retain(|other| other.no != subscription.no);
         subscription.end();
-        self.session.feeds.leave(subscription.no);
+        self.session.feeds.lock().leave(subscription.no);
         self.session.deliveries.give_back(subscription.no);
         self.session.bridge.catalog.unsubscribed(&subscription.pattern);
         for lane in subscription.lanes() {
@@ -362,9 +376,16 @@ impl Reader {
             .filter(|(_, subscription)| plan(&table, &subscription.pattern) != subscription.plan)
             .map(|(key, subscription)| (key.clone(), subscription.clone()))
             .collect();
+        let opening = self.session.feeds.opening.clone();
+        let _opening = self.while_answering(opening.lock()).await;
+        let mut moving = Vec::new();
         for (key, old) in moved {
             self.subscriptions.remove(&key);
-            self.drop_subscription(&old);
+            let is_group = old.group.is_some();
+            // An exclusive group would be busy with it.
+            if is_group {
+                self.drop_subscription(&old);
+            }
             let new = Subscription::new(
                 self.session.next_number(),
                 old.pattern.clone(),
@@ -375,16 +396,37 @@ impl Reader {
             self.session.outbox.push(Event::Info(Info::RouteChanged { topic: old.pattern.clone() }));
             // What was stored since the routes changed is not missed.
             let opening = open(new.clone(), Start::Time(at));
+            let old = (!is_group).then_some(old);
             match self.while_answering(opening).await {
-                Ok(opened) => self.keep_subscription(key, new, opened, false),
+                Ok(opened) => moving.push((key, old, new, opened)),
                 Err(fault) => {
                     new.end();
+                    if let Some(old) = old {
+                        self.drop_subscription(&old);
+                    }
                     let message =
-                        format!("the subscription to `{}` has ended: {}", old.pattern, fault.message);
+                        format!("the subscription to `{}` has ended: {}", new.pattern, fault.message);
                     let fault = Fault::new(fault.code, message);
                     self.session.outbox.push(Event::Error { request_id: None, fault });
                 }
             }
+        }
+        {
+            // All at once: the feeds of topics that moved end and begin again with all who want them, and those of
+            // topics that stayed leave nothing out between the old and the new.
+            let mut feeds = self.session.feeds.lock();
+            for old in moving.iter().filter_map(|(_, old, ..)| old.as_ref()) {
+                feeds.leave(old.no);
+            }
+            for (.., new, opened) in &mut moving {
+                opened.go_live(new, &mut feeds);
+            }
+        }
+        for (key, old, new, opened) in moving {
+            if let Some(old) = old {
+                self.drop_subscription(&old);
+            }
+            self.keep_subscription(key, new, opened, false);
         }
     }
 }
@@ -398,9 +440,9 @@ fn fits(draft: &Draft, max: usize) -> Result<(), Fault> {
 struct Opened {
     history: Vec<(Arc<Route>, Arc<Envelope>)>,
     follows: Vec<Follow>,
+    /// The feeds that it is the first to want.
+    runs: Vec<Run>,
     members: Vec<Membership>,
-    /// For a pattern with durable topics: those that are followed from the beginning.
-    known: Option<BTreeSet<Topic>>,
 }
 
 struct Membership {
@@ -409,9 +451,12 @@ struct Membership {
     member: GroupMember,
 }
 
+/// `opening` is held until the subscription is kept.
 async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, Fault> {
-    let bridge = subscription.session.bridge.clone();
-    let mut opened = Opened { history: Vec::new(), follows: Vec::new(), members: Vec::new(), known: None };
+    let session = &subscription.session;
+    let bridge = session.bridge.clone();
+    let mut opened =
+        Opened { history: Vec::new(), follows: Vec::new(), runs: Vec::new(), members: Vec::new() };
     if subscription.takes(Lane::Ephemeral) {
         let (last, since) = match &start {
             Start::Last(n) => (*n as usize, None),
@@ -431,19 +476,28 @@ async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, F
     if subscription.takes(Lane::Durable) {
         let topics = match subscription.pattern.topic() {
             Some(topic) => vec![topic],
-            None => {
-                let found =
-                    bridge.durable.topics(&subscription.pattern).await.map_err(crate::bridge::fault)?;
-                opened.known = Some(found.iter().cloned().collect());
-                found
-            }
+            None => bridge.durable.topics(&subscription.pattern).await.map_err(crate::bridge::fault)?,
         };
+        let mut topics = BTreeSet::from_iter(topics);
+        if subscription.group.is_none() {
+            let table = bridge.policy.table();
+            let is_durable =
+                |topic: &Topic| table.route_for(topic).is_some_and(|route| route.lane == Lane::Durable);
+            topics.extend(session.known(&subscription.pattern).into_iter().filter(is_durable));
+        }
+        subscription.known().clone_from(&topics);
         match &subscription.group {
             None => {
                 opened.follows = stream::iter(topics)
                     .map(|topic| {
-                        let (bridge, start) = (bridge.clone(), start.for_topic(&topic));
-                        async move { bridge.follow(&topic, start).await }
+                        let (session, start) = (session.clone(), start.for_topic(&topic));
+                        async move {
+                            // Else its feed would begin too late for whoever has yet to find it.
+                            if session.is_awaited(&topic) {
+                                find(&session, &topic).await?;
+                            }
+                            session.bridge.follow(&topic, start).await
+                        }
                     })
                     .buffer_unordered(OPENINGS_MAX)
                     .try_collect()
@@ -512,46 +566,65 @@ fn join(
 
 impl Opened {
     /// What the subscription starts after, so that a client that never got an event can still resume.
-    fn position(&self, subscription: &Subscription, start: &Start, ts: Timestamp) -> Option<Position> {
+    fn position(
+        &self,
+        subscription: &Subscription,
+        start: &Start,
+        ts: Timestamp,
+        feeds: &ByTopic,
+    ) -> Option<Position> {
         subscription.pattern.topic()?;
         let follow = self.follows.first()?;
         let since = |others_from| Position::Partitioned { reached: Arc::default(), others_from };
         Some(match start {
             Start::Earliest => since(Timestamp::from_millis(0)),
             Start::Time(time) => since(*time),
+            Start::Latest => {
+                let feed = feeds.reached(follow.topic()).cloned();
+                Position::behind(follow.reached().cloned(), feed).unwrap_or_else(|| since(ts))
+            }
             _ => follow.reached().cloned().unwrap_or_else(|| since(ts)),
         })
     }
 
-    /// Lets the messages come. With `replay` the client is told where the live ones begin.
-    fn begin(self, subscription: &Arc<Subscription>, replay: bool) {
+    /// Has the live events of the durable topics come.
+    fn go_live(&mut self, subscription: &Subscription, feeds: &mut ByTopic) {
+        let ways = self.follows.drain(..).map(|mut way| {
+            way.replay_as_live();
+            way
+        });
+        self.runs = ways.filter_map(|way| feeds.enter(subscription, way)).collect();
+    }
+
+    /// Lets the messages come. With `is_replay` the client is told where the live ones begin.
+    fn begin(self, subscription: &Arc<Subscription>, is_replay: bool) {
         let session = &subscription.session;
-        if replay {
+        if is_replay {
             let own = usize::from(subscription.takes(Lane::Ephemeral) || self.follows.is_empty());
             subscription.expect_replays(own + self.follows.len());
         }
         match (subscription.takes(Lane::Ephemeral), self.history.is_empty()) {
-            (true, false) => session.spawn(replay_history(subscription.clone(), self.history, replay)),
+            (true, false) => session.spawn(replay_history(subscription.clone(), self.history, is_replay)),
             _ => {
                 subscription.open();
-                if replay && (subscription.takes(Lane::Ephemeral) || self.follows.is_empty()) {
+                if is_replay && (subscription.takes(Lane::Ephemeral) || self.follows.is_empty()) {
                     subscription.replay_ended();
                 }
             }
         }
-        for mut way in self.follows {
-            if !replay {
-                way.replay_as_live();
-            }
-            session.spawn(follow(subscription.clone(), way));
+        for run in self.runs {
+            session.spawn(run.run(session.clone()));
+        }
+        for way in self.follows {
+            session.spawn(replay(subscription.clone(), way));
         }
         for Membership { topic, route, member } in self.members {
             if let Some(group) = &subscription.group {
                 session.spawn(take_part(subscription.clone(), group.clone(), topic, route, member));
             }
         }
-        if let Some(known) = self.known {
-            session.spawn(discover(subscription.clone(), known, session.bridge.durable.watch_topics()));
+        if subscription.pattern.topic().is_none() && subscription.takes(Lane::Durable) {
+            session.spawn(discover(subscription.clone(), session.bridge.durable.watch_topics()));
         }
     }
 }

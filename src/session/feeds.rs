@@ -2,19 +2,25 @@
 //!
 //! ```text
 //! live:   topic ──one feed, however many subscriptions of this connection match──▶ outbox
-//! replay: topic ──a way of its own for the subscription that asked──▶ outbox, then it joins the live feed
+//! replay: topic ──a way of its own for the subscription that asked──▶ outbox, until it meets the live feed
 //! group:  topic ──a member of the group──▶ outbox, each delivery with a number
 //! ```
-//! What no filter lets through is left out: of a live feed what none of its subscriptions wants, of a replay what this one
-//! does not want; a group's is acknowledged.
+//! A feed goes along its topic once and never back: it brings what one of its members wants and leaves out the rest. So
+//! live events come once and in order, and who joins has to come to where the feed is:
+//!
+//! - A subscription to what comes next joins with its ack, and begins there.
+//! - A replay goes on in its subscription's name until it has seen as much as the feed, which waits for the last of it.
+//! - A topic that appears gets its feed with all the subscriptions that match, before another one opens the topic.
+//!
 //! Every feed waits for room in the outbox: a slow client is behind, and nothing is lost to it.
+//! What a group member's filter does not let through is acknowledged.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, warn};
 
 use super::deliveries::Membership;
@@ -38,221 +44,249 @@ const RETRY_LAST: Duration = Duration::from_secs(5);
 
 /// The live feeds of one connection.
 #[derive(Default)]
-pub struct Feeds(Mutex<HashMap<Topic, Live>>);
+pub struct Feeds {
+    by_topic: Mutex<ByTopic>,
+    /// Held while a subscription is opened, and while a topic that appeared is: each knows what the other has found.
+    pub opening: Arc<tokio::sync::Mutex<()>>,
+}
 
-struct Live {
-    /// With what each of them wants; `None`: everything.
-    subscriptions: HashMap<SubscriptionNo, Option<Arc<Filter>>>,
-    /// The last place that the feed left out, because none of them wanted what stands there.
-    left_out: Option<Position>,
+#[derive(Default)]
+pub struct ByTopic {
+    feeds: HashMap<Topic, Feed>,
+    /// How many there ever were.
+    count: u64,
+}
+
+struct Feed {
+    no: u64,
+    members: HashMap<SubscriptionNo, Member>,
+    /// What stands up to here was brought or left out, and does not come again.
+    reached: Option<Position>,
+    /// Held by replays that have only to come up to the feed. It waits for them.
+    holds: Vec<CancellationToken>,
     stop: CancellationToken,
 }
 
-/// What a subscription does that is up to the live events of a topic.
-enum Share {
-    /// The feed is this one's to run, under the token.
-    Runs(CancellationToken),
-    /// The feed brings, or has brought, all that this one has yet to see.
-    Shares,
-    /// The feed is ahead, and has left out something that this one has not seen.
-    Behind,
+struct Member {
+    /// What it wants; `None`: everything.
+    filter: Option<Arc<Filter>>,
+    /// Where it wants it from; `None`: from wherever the feed is.
+    after: Option<Position>,
+}
+
+/// A feed that somebody has to run until it is stopped.
+pub struct Run {
+    no: u64,
+    way: Follow,
+    stop: CancellationToken,
 }
 
 impl Feeds {
-    /// The share of a subscription that has seen everything up to `at`.
-    fn join(&self, topic: &Topic, subscription: &Subscription, at: Option<&Position>) -> Share {
-        let mut feeds = self.lock();
-        if subscription.stop.is_cancelled() {
-            return Share::Shares;
-        }
-        if let Some(live) = feeds.get_mut(topic) {
-            return if live.takes_in(subscription, at) { Share::Shares } else { Share::Behind };
-        }
-        let filter = subscription.filter.clone();
-        let stop = CancellationToken::new();
-        let subscriptions = HashMap::from([(subscription.no, filter)]);
-        feeds.insert(topic.clone(), Live { subscriptions, left_out: None, stop: stop.clone() });
-        Share::Runs(stop)
+    pub fn lock(&self) -> MutexGuard<'_, ByTopic> {
+        self.by_topic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The same while something is at hand that is yet to be seen: a feed that this one would have to run does not
-    /// bring that.
-    fn shares(&self, topic: &Topic, subscription: &Subscription, at: Option<&Position>) -> bool {
-        let mut feeds = self.lock();
-        subscription.stop.is_cancelled()
-            || feeds.get_mut(topic).is_some_and(|live| live.takes_in(subscription, at))
-    }
-
-    /// Whether a subscription to the topic's live feed wants the event. Where none does, the feed leaves it out.
-    fn passes(&self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
-        let mut feeds = self.lock();
-        // Without its subscriptions the feed is about to end.
-        let Some(live) = feeds.get_mut(&envelope.topic) else { return true };
-        let passes = live.passes(envelope, filters);
-        if !passes {
-            live.left_out = envelope.stored.as_ref().map(|stored| stored.position.clone());
+    /// Whether some member wants the event. What none wants is left out, for good.
+    async fn passes(&self, no: u64, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
+        loop {
+            let hold = {
+                let mut feeds = self.lock();
+                // Another may have taken the place of one that was stopped.
+                let Some(feed) = feeds.feeds.get_mut(&envelope.topic).filter(|feed| feed.no == no) else {
+                    return false;
+                };
+                feed.holds.retain(|hold| !hold.is_cancelled());
+                match feed.holds.first() {
+                    None => return feed.passes(envelope, filters),
+                    Some(hold) => hold.clone(),
+                }
+            };
+            hold.cancelled().await;
         }
-        passes
     }
 
-    /// Whether the topic's live feed brings the event, or has brought it.
-    fn is_brought(&self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
-        self.lock().get(&envelope.topic).is_some_and(|live| live.passes(envelope, filters))
+    /// The feed of the topic waits for as long as this is held.
+    fn hold(&self, topic: &Topic) -> Option<DropGuard> {
+        let hold = CancellationToken::new();
+        self.lock().feeds.get_mut(topic)?.holds.push(hold.clone());
+        Some(hold.drop_guard())
+    }
+
+    /// A topic has appeared: whoever matches and did not know it has its feed from the first message on.
+    fn found(&self, session: &Shared, way: Follow) -> Option<Run> {
+        let mut feeds = self.lock();
+        let plain = session.plain();
+        let new = plain.iter().filter(|other| other.awaits(way.topic()));
+        let members = new.map(|new| {
+            new.known().insert(way.topic().clone());
+            (new.no, Member { filter: new.filter.clone(), after: None })
+        });
+        let members: HashMap<_, _> = members.collect();
+        if members.is_empty() { None } else { feeds.join(members, way) }
+    }
+
+    fn remove(&self, no: u64, topic: &Topic) {
+        let mut feeds = self.lock();
+        if feeds.feeds.get(topic).is_some_and(|feed| feed.no == no) {
+            feeds.feeds.remove(topic);
+        }
+    }
+}
+
+impl ByTopic {
+    /// The subscription hears what comes behind its way, which is to be run where there is no feed yet.
+    pub fn enter(&mut self, subscription: &Subscription, way: Follow) -> Option<Run> {
+        let member = Member { filter: subscription.filter.clone(), after: way.reached().cloned() };
+        self.join(HashMap::from([(subscription.no, member)]), way)
+    }
+
+    fn join(&mut self, members: HashMap<SubscriptionNo, Member>, way: Follow) -> Option<Run> {
+        if let Some(feed) = self.feeds.get_mut(way.topic()) {
+            feed.members.extend(members);
+            return None;
+        }
+        self.count += 1;
+        let (no, stop) = (self.count, CancellationToken::new());
+        let reached = way.reached().cloned();
+        let feed = Feed { no, members, reached, holds: Vec::new(), stop: stop.clone() };
+        self.feeds.insert(way.topic().clone(), feed);
+        Some(Run { no, way, stop })
+    }
+
+    /// Whether nothing has been brought or left out that the way has yet to come to.
+    fn is_met_by(&self, way: &Follow) -> bool {
+        let is_seen = |feed: &Position| way.reached().is_some_and(|at| feed.is_within(at));
+        self.reached(way.topic()).is_none_or(is_seen)
+    }
+
+    /// Where the feed of a topic is, if there is one and it has come anywhere.
+    pub fn reached(&self, topic: &Topic) -> Option<&Position> {
+        self.feeds.get(topic)?.reached.as_ref()
     }
 
     /// Ends the feeds that only this subscription wanted.
-    pub fn leave(&self, subscription: SubscriptionNo) {
-        self.lock().retain(|_, live| {
-            live.subscriptions.remove(&subscription);
-            if live.subscriptions.is_empty() {
-                live.stop.cancel();
+    pub fn leave(&mut self, subscription: SubscriptionNo) {
+        self.feeds.retain(|_, feed| {
+            feed.members.remove(&subscription);
+            if feed.members.is_empty() {
+                feed.stop.cancel();
             }
-            !live.subscriptions.is_empty()
+            !feed.members.is_empty()
         });
     }
+}
 
-    fn remove(&self, topic: &Topic, stop: &CancellationToken) {
-        if !stop.is_cancelled() {
-            self.lock().remove(topic);
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Topic, Live>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+impl Feed {
+    fn passes(&mut self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
+        let Some(stored) = &envelope.stored else { return false };
+        self.reached = Some(stored.position.clone());
+        let is_new = |after: &Position| !after.covers(stored.partition, stored.place);
+        let mut due = self.members.values().filter(|member| member.after.as_ref().is_none_or(is_new));
+        // Who wants everything needs no look at the message.
+        due.clone().any(|member| member.filter.is_none())
+            || due
+                .any(|member| member.filter.as_ref().is_some_and(|filter| filters.matches(filter, envelope)))
     }
 }
 
-impl Live {
-    fn takes_in(&mut self, subscription: &Subscription, at: Option<&Position>) -> bool {
-        let has_seen = |left_out: &Position| at.is_some_and(|at| left_out.is_within(at));
-        let takes = self.left_out.as_ref().is_none_or(has_seen);
-        if takes {
-            self.subscriptions.insert(subscription.no, subscription.filter.clone());
-        }
-        takes
-    }
-
-    fn passes(&self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
-        let wanted = |filter: &Option<Arc<Filter>>| {
-            filter.as_ref().is_none_or(|filter| filters.matches(filter, envelope))
-        };
-        self.subscriptions.values().any(Option::is_none) || self.subscriptions.values().any(wanted)
-    }
-}
-
-/// Runs one topic's way for a plain subscription: its replay, then its share of the live feed.
-pub async fn follow(subscription: Arc<Subscription>, mut follow: Follow) {
-    let topic = follow.topic().clone();
-    if follow.is_replaying() {
-        let replay = carry(&subscription.session, &mut follow, Some(&subscription));
-        let Some(caught_up) = subscription.stop.run_until_cancelled(replay).await else { return };
-        subscription.replay_ended();
-        if !caught_up {
-            return;
-        }
-    }
-    let session = subscription.session.clone();
-    let stop = match session.feeds.join(&topic, &subscription, follow.reached()) {
-        Share::Runs(stop) => stop,
-        Share::Shares => return,
-        Share::Behind => {
-            let caught_up = subscription.stop.run_until_cancelled(catch_up(&subscription, &mut follow)).await;
-            let Some(Some(stop)) = caught_up else { return };
-            stop
-        }
-    };
-    drop(subscription);
-    if stop.run_until_cancelled(carry(&session, &mut follow, None)).await.is_some() {
-        session.feeds.remove(&topic, &stop);
-    }
-}
-
-/// Goes beside a live feed that is ahead and has left out what others do not want, and brings what this one wants of
-/// that. Ends where it has seen all that the feed left out, and so can share it; with a token where it has to run it.
-async fn catch_up(subscription: &Arc<Subscription>, follow: &mut Follow) -> Option<CancellationToken> {
-    let session = &subscription.session;
-    let (topic, filters) = (follow.topic().clone(), &session.bridge.filters);
-    let mut at = follow.reached().cloned();
-    loop {
-        let events = match follow.next().await {
-            Ok(Step::Events { events, .. }) => events,
-            // Of these the feed tells.
-            Ok(Step::Missed | Step::CaughtUp) => continue,
-            Err(error) => {
-                session.outbox.push(Event::Error { request_id: None, fault: ended(&topic, error) });
-                return None;
-            }
-        };
-        for envelope in events.into_iter().flatten() {
-            if session.feeds.shares(&topic, subscription, at.as_ref()) {
-                return None;
-            }
-            at = envelope.stored.as_ref().map(|stored| stored.position.clone());
-            if subscription.wants(&envelope) && !session.feeds.is_brought(&envelope, filters) {
-                let item =
-                    Item { event: Event::Live(envelope), route: Some(follow.route().clone()), settle: None };
-                session.outbox.push_durable(item).await;
-            }
-        }
-        match session.feeds.join(&topic, subscription, at.as_ref()) {
-            Share::Runs(stop) => return Some(stop),
-            Share::Shares => return None,
-            Share::Behind => {}
-        }
-    }
-}
-
-/// Carries to the outbox: a replay to its end (`true`), the live events as long as there are any.
-async fn carry(session: &Shared, follow: &mut Follow, replay: Option<&Subscription>) -> bool {
-    loop {
-        match follow.next().await {
-            Ok(Step::Events { events, replayed }) => {
-                for event in events {
-                    let is_wanted = match (&event, replay) {
-                        (Ok(envelope), Some(subscription)) => subscription.wants(envelope),
-                        (Ok(envelope), None) => session.feeds.passes(envelope, &session.bridge.filters),
-                        (Err(_), _) => true,
-                    };
-                    if !is_wanted {
-                        continue;
-                    }
-                    let event = match (event, replay) {
-                        (Ok(envelope), Some(subscription)) if replayed => {
-                            Event::Replayed { envelope, subscription: subscription.pattern.clone() }
+impl Run {
+    /// Carries the live events of a topic to the outbox, as long as somebody wants any.
+    pub async fn run(self, session: Arc<Shared>) {
+        let Run { no, mut way, stop } = self;
+        let filters = &session.bridge.filters;
+        let carry = async {
+            loop {
+                match way.next().await {
+                    Ok(Step::Events(events)) => {
+                        for event in events {
+                            let event = match event {
+                                Ok(envelope) if !session.feeds.passes(no, &envelope, filters).await => {
+                                    continue;
+                                }
+                                Ok(envelope) => Event::Live(envelope),
+                                Err(error) => Event::Error { request_id: None, fault: fault(error) },
+                            };
+                            bring(&session, way.route(), event).await;
                         }
-                        (Ok(envelope), _) => Event::Live(envelope),
-                        (Err(error), _) => Event::Error { request_id: None, fault: fault(error) },
-                    };
-                    let item = Item { event, route: Some(follow.route().clone()), settle: None };
-                    session.outbox.push_durable(item).await;
+                    }
+                    Ok(Step::Missed) => bring(&session, way.route(), missed(&way)).await,
+                    Ok(Step::CaughtUp) => {}
+                    Err(error) => return session.outbox.push(ended(way.topic(), error)),
                 }
             }
-            Ok(Step::Missed) => {
-                let topic = follow.topic().clone().into();
-                let event = Event::Gap { topic, dropped: None, reason: GapReason::Retention };
-                let item = Item { event, route: Some(follow.route().clone()), settle: None };
-                session.outbox.push_durable(item).await;
-            }
-            Ok(Step::CaughtUp) => return true,
-            Err(error) => {
-                session.outbox.push(Event::Error { request_id: None, fault: ended(follow.topic(), error) });
-                return false;
-            }
+        };
+        if stop.run_until_cancelled(carry).await.is_some() {
+            session.feeds.remove(no, way.topic());
         }
     }
 }
 
-fn ended(topic: &Topic, error: LaneError) -> Fault {
+/// Brings a subscription its replay of one topic, and in its name all that comes until it meets the live feed.
+pub async fn replay(subscription: Arc<Subscription>, mut way: Follow) {
+    let session = subscription.session.clone();
+    let meeting = async {
+        let mut hold = None;
+        loop {
+            match way.next().await {
+                Ok(Step::Events(events)) => {
+                    for event in events {
+                        let event = match event {
+                            Ok(envelope) if !subscription.wants(&envelope) => continue,
+                            Ok(envelope) => {
+                                Event::Replayed { envelope, subscription: subscription.pattern.clone() }
+                            }
+                            Err(error) => Event::Error { request_id: None, fault: fault(error) },
+                        };
+                        bring(&session, way.route(), event).await;
+                    }
+                }
+                Ok(Step::Missed) => bring(&session, way.route(), missed(&way)).await,
+                Ok(Step::CaughtUp) => {}
+                Err(error) => {
+                    subscription.replay_ended();
+                    session.outbox.push(ended(way.topic(), error));
+                    return None;
+                }
+            }
+            if way.is_replaying() {
+                continue;
+            }
+            {
+                let mut feeds = session.feeds.lock();
+                if subscription.stop.is_cancelled() {
+                    return None;
+                }
+                if feeds.is_met_by(&way) {
+                    subscription.replay_ended();
+                    return feeds.enter(&subscription, way);
+                }
+            }
+            // Side by side they would bring everything twice, and who reads at half their speed would never see the end.
+            hold = hold.or_else(|| session.feeds.hold(way.topic()));
+        }
+    };
+    let Some(Some(run)) = subscription.stop.run_until_cancelled(meeting).await else { return };
+    drop(subscription);
+    run.run(session).await;
+}
+
+async fn bring(session: &Shared, route: &Arc<Route>, event: Event) {
+    let item = Item { event, route: Some(route.clone()), settle: None };
+    session.outbox.push_durable(item).await;
+}
+
+fn missed(way: &Follow) -> Event {
+    Event::Gap { topic: way.topic().clone().into(), dropped: None, reason: GapReason::Retention }
+}
+
+fn ended(topic: &Topic, error: LaneError) -> Event {
     let fault = fault(error);
-    Fault::new(fault.code, format!("following `{topic}` has ended: {}", fault.message))
+    let fault = Fault::new(fault.code, format!("following `{topic}` has ended: {}", fault.message));
+    Event::Error { request_id: None, fault }
 }
 
 /// Finds the topics of a pattern that appear after the subscription, each from its first message on.
-pub async fn discover(
-    subscription: Arc<Subscription>,
-    mut known: BTreeSet<Topic>,
-    mut found: watch::Receiver<BTreeSet<Topic>>,
-) {
+pub async fn discover(subscription: Arc<Subscription>, mut found: watch::Receiver<BTreeSet<Topic>>) {
     let session = subscription.session.clone();
     let stop = subscription.stop.clone();
     let look = async {
@@ -260,7 +294,7 @@ pub async fn discover(
             let new: Vec<Topic> = found
                 .borrow_and_update()
                 .iter()
-                .filter(|topic| subscription.pattern.matches(topic) && !known.contains(*topic))
+                .filter(|topic| subscription.awaits(topic))
                 .cloned()
                 .collect();
             let mut again = false;
@@ -269,14 +303,9 @@ pub async fn discover(
                 if !session.bridge.policy.table().route_for(&topic).is_some_and(is_durable) {
                     continue;
                 }
-                match start(&subscription, &topic, Start::Earliest).await {
-                    Ok(()) => {
-                        known.insert(topic);
-                    }
-                    Err(fault) => {
-                        debug!(%topic, %fault, "A topic that appeared cannot be followed yet; trying again.");
-                        again = true;
-                    }
+                if let Err(fault) = start(&subscription, &topic).await {
+                    debug!(%topic, %fault, "A topic that appeared cannot be followed yet; trying again.");
+                    again = true;
                 }
             }
             if again {
@@ -289,19 +318,26 @@ pub async fn discover(
     stop.run_until_cancelled(look).await;
 }
 
-/// Starts the feed of a topic that appeared: nothing of it was asked for as a replay.
-async fn start(subscription: &Arc<Subscription>, topic: &Topic, from: Start) -> Result<(), Fault> {
+/// Follows a topic that appeared, from its first message on.
+async fn start(subscription: &Arc<Subscription>, topic: &Topic) -> Result<(), Fault> {
     let session = &subscription.session;
-    match &subscription.group {
-        None => {
-            let mut way = session.bridge.follow(topic, from).await?;
-            way.replay_as_live();
-            session.spawn(follow(subscription.clone(), way));
-        }
-        Some(group) => {
-            let (route, member) = session.bridge.join(topic, group, from).await?;
-            session.spawn(take_part(subscription.clone(), group.clone(), topic.clone(), route, member));
-        }
+    let Some(group) = &subscription.group else {
+        let _opening = session.feeds.opening.lock().await;
+        return if subscription.awaits(topic) { find(session, topic).await } else { Ok(()) };
+    };
+    let (route, member) = session.bridge.join(topic, group, Start::Earliest).await?;
+    subscription.known().insert(topic.clone());
+    session.spawn(take_part(subscription.clone(), group.clone(), topic.clone(), route, member));
+    Ok(())
+}
+
+/// The same for every plain subscription that matches and does not know the topic. `opening` is held meanwhile.
+pub async fn find(session: &Arc<Shared>, topic: &Topic) -> Result<(), Fault> {
+    let mut way = session.bridge.follow(topic, Start::Earliest).await?;
+    // Nobody asked for a replay.
+    way.replay_as_live();
+    if let Some(run) = session.feeds.found(session, way) {
+        session.spawn(run.run(session.clone()));
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! What the tasks of one connection share.
 
+use std::collections::BTreeSet;
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockWriteGuard};
@@ -15,6 +16,7 @@ use super::settings::SessionSettings;
 use super::subscription::Subscription;
 use crate::bridge::Bridge;
 use crate::message::{Envelope, Timestamp};
+use crate::topic::{Pattern, Topic};
 use crate::wire::code::Close;
 
 pub struct Shared {
@@ -50,6 +52,17 @@ impl Shared {
     /// The plain subscriptions, to be changed.
     pub fn plain(&self) -> RwLockWriteGuard<'_, Vec<Arc<Subscription>>> {
         self.plain.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The durable topics of a pattern that they know, whether anything is stored there or not.
+    pub fn known(&self, pattern: &Pattern) -> BTreeSet<Topic> {
+        let known = self.plain().iter().map(|other| other.known().clone()).collect::<Vec<_>>();
+        known.into_iter().flatten().filter(|topic| pattern.matches(topic)).collect()
+    }
+
+    /// Whether some of them have yet to find the topic.
+    pub fn is_awaited(&self, topic: &Topic) -> bool {
+        self.plain().iter().any(|other| other.awaits(topic))
     }
 
     pub fn next_number(&self) -> u64 {

@@ -7,7 +7,7 @@
 //! A connection whose plain subscriptions overlap gets a message once: by the one of them that has been live longest.
 //! (A message in flight while that one is unsubscribed can be missed by the other; this is the at-most-once lane.)
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,7 +19,7 @@ use crate::filter::Filter;
 use crate::lane::contract::{Ear, Listening};
 use crate::message::{Envelope, Lane};
 use crate::policy::table::{Route, RouteTable, Template};
-use crate::topic::Pattern;
+use crate::topic::{Pattern, Topic};
 use crate::wire::verbs::{Event, GapReason, Group, Info};
 
 pub struct Subscription {
@@ -35,6 +35,8 @@ pub struct Subscription {
     /// What the routes made of the pattern when it was opened.
     pub plan: Plan,
     hold: Mutex<Hold>,
+    /// The durable topics that it follows, or is about to. Of a pattern, any other is new.
+    known: Mutex<BTreeSet<Topic>>,
     /// When this subscription went live, counted over the connection; 0 while it has not.
     live_since: AtomicU64,
     /// How many replays are under way.
@@ -82,6 +84,7 @@ impl Subscription {
             filter,
             stop: CancellationToken::new(),
             hold: Mutex::default(),
+            known: Mutex::default(),
             live_since: AtomicU64::new(0),
             replays: AtomicUsize::new(0),
             listening: Mutex::new(None),
@@ -92,6 +95,18 @@ impl Subscription {
     /// Whether the filter, where there is one, lets the message through.
     pub fn wants(&self, envelope: &Arc<Envelope>) -> bool {
         self.filter.as_ref().is_none_or(|filter| self.session.bridge.filters.matches(filter, envelope))
+    }
+
+    /// Whether it has yet to find the durable topic.
+    pub fn awaits(&self, topic: &Topic) -> bool {
+        self.pattern.topic().is_none()
+            && self.takes(Lane::Durable)
+            && self.pattern.matches(topic)
+            && !self.known().contains(topic)
+    }
+
+    pub fn known(&self) -> MutexGuard<'_, BTreeSet<Topic>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether some topic of this subscription takes the lane.

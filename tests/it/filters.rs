@@ -105,18 +105,15 @@ async fn a_replay_is_filtered_and_last_n_counts_what_is_stored(span: Span) {
 
 async fn a_pattern_filters_topics_that_appear_later(span: Span) {
     let (mut subscriber, mut publisher) = (span.client().await, span.client().await);
-    // Two patterns find the topic one after the other, and neither loses what the other leaves out.
+    // Whichever pattern finds the topic, it is found for both: neither loses what the other leaves out.
     subscriber.subscribe("mixed.kept.>", json!({"filter": "payload.n < 50"})).await.unwrap();
     subscriber.subscribe("mixed.kept.*", json!({"filter": "payload.n >= 50"})).await.unwrap();
     for topic in ["mixed.kept.a", "mixed.kept.b", "mixed.kept.c"] {
         publish(&mut publisher, topic, 0..100).await;
-        let mut got = Vec::new();
-        while got.len() < 100 {
-            got.push(next_n(&mut subscriber).await);
+        for n in 0..100 {
+            assert_eq!(next_n(&mut subscriber).await, n, "{topic}");
         }
         silent(&mut subscriber).await;
-        got.sort_unstable();
-        assert_eq!(got, (0..100).collect::<Vec<_>>(), "{topic}");
     }
 }
 

@@ -15,6 +15,7 @@ mod bench;
 mod defects;
 mod durable_contract;
 mod ephemeral_contract;
+mod feeds;
 mod groups;
 mod filters;
 mod hostile;

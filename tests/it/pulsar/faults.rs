@@ -46,7 +46,7 @@ impl Load {
         let heard = followed.clone();
         subscribers.spawn(async move {
             loop {
-                if let Step::Events { events, .. } = follow.next().await.expect("following never ends") {
+                if let Step::Events(events) = follow.next().await.expect("following never ends") {
                     let events = events.into_iter().map(|event| event.unwrap());
                     heard.lock().unwrap().extend(events.map(|event| (number(&event), place(&event))));
                 }

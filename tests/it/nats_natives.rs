@@ -7,6 +7,7 @@ use async_nats::HeaderMap;
 use futures_util::StreamExt;
 use twinspan::lane::contract::{EphemeralLane, LaneError};
 use twinspan::message::{Draft, Lane, Timestamp};
+use twinspan::policy::Policy;
 use twinspan::policy::table::Route;
 
 use crate::brokers::{Broker, Options, left_out, shared_nats};
@@ -14,8 +15,30 @@ use crate::lanes::{
     Recorder, ephemeral, message, nats, pattern, policy, publish, route, settings, topic, unique,
 };
 
-async fn native() -> async_nats::Client {
-    client_of(shared_nats().await).await
+/// A native client and a lane, whose subjects are in a space of their own.
+struct Bed {
+    client: async_nats::Client,
+    space: String,
+    policy: Policy,
+    lane: Arc<dyn EphemeralLane>,
+}
+
+impl Bed {
+    /// `None` where the tests are to do without brokers.
+    async fn open(routes: impl FnOnce(&str) -> Vec<Route>) -> Option<Self> {
+        if left_out() {
+            return None;
+        }
+        let (broker, space) = (shared_nats().await, unique());
+        let policy = policy(routes(&space));
+        let lane = nats(&settings(broker.url()), &policy).await;
+        Some(Self { client: client_of(broker).await, space, policy, lane })
+    }
+}
+
+/// Every topic under its own name in the space.
+fn plain(space: &str) -> Vec<Route> {
+    vec![ephemeral(">", &format!("{space}.{{topic}}"))]
 }
 
 async fn client_of(broker: &Broker) -> async_nats::Client {
@@ -29,13 +52,7 @@ async fn settled(client: &async_nats::Client) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_native_subscriber_gets_the_bytes_and_the_fields_in_headers() {
-    if left_out() {
-        return;
-    }
-    let client = native().await;
-    let space = unique();
-    let policy = policy([ephemeral(">", &format!("{space}.{{topic}}"))]);
-    let lane = nats(&settings(shared_nats().await.url()), &policy).await;
+    let Some(Bed { client, space, policy, lane }) = Bed::open(plain).await else { return };
     let mut subscriber = client.subscribe(format!("{space}.>")).await.unwrap();
     settled(&client).await;
 
@@ -67,13 +84,7 @@ async fn a_native_subscriber_gets_the_bytes_and_the_fields_in_headers() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_native_client_publishes_is_heard_without_an_id_and_with_its_headers() {
-    if left_out() {
-        return;
-    }
-    let client = native().await;
-    let space = unique();
-    let policy = policy([ephemeral(">", &format!("{space}.{{topic}}"))]);
-    let lane = nats(&settings(shared_nats().await.url()), &policy).await;
+    let Some(Bed { client, space, lane, .. }) = Bed::open(plain).await else { return };
     let (ear, _listening) = Recorder::listening(&*lane, "a.*").await;
 
     let bytes: Vec<u8> = (0..=255).rev().collect();
@@ -95,13 +106,7 @@ async fn what_a_native_client_publishes_is_heard_without_an_id_and_with_its_head
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_cross_both_ways() {
-    if left_out() {
-        return;
-    }
-    let client = native().await;
-    let space = unique();
-    let policy = policy([ephemeral(">", &format!("{space}.{{topic}}"))]);
-    let lane = nats(&settings(shared_nats().await.url()), &policy).await;
+    let Some(Bed { client, space, policy, lane }) = Bed::open(plain).await else { return };
 
     let (ear, _listening) = Recorder::listening(&*lane, "svc").await;
     let (answer, ()) = tokio::join!(client.request(format!("{space}.svc"), "?".into()), async {
@@ -129,19 +134,15 @@ async fn requests_cross_both_ways() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_topic_is_heard_by_the_template_of_its_own_route_alone() {
-    if left_out() {
-        return;
-    }
-    let client = native().await;
-    let space = unique();
-    let plain = format!("{space}.{{topic}}");
-    let policy = policy([
-        ephemeral(">", &plain),
-        ephemeral("moved.>", &format!("v2-{space}.{{topic}}")),
-        ephemeral("suffixed.>", &format!("{space}.{{topic}}.v3")),
-        Route { lane: Lane::Durable, ..ephemeral("stored.>", &plain) },
-    ]);
-    let lane = nats(&settings(shared_nats().await.url()), &policy).await;
+    let routes = |space: &str| {
+        vec![
+            ephemeral(">", &format!("{space}.{{topic}}")),
+            ephemeral("moved.>", &format!("v2-{space}.{{topic}}")),
+            ephemeral("suffixed.>", &format!("{space}.{{topic}}.v3")),
+            Route { lane: Lane::Durable, ..ephemeral("stored.>", &format!("{space}.{{topic}}")) },
+        ]
+    };
+    let Some(Bed { client, space, policy, lane }) = Bed::open(routes).await else { return };
     let (all, _all) = Recorder::listening(&*lane, ">").await;
     let (moved, _moved) = Recorder::listening(&*lane, "moved.*").await;
     for subject in [
@@ -194,13 +195,7 @@ async fn a_native_subscriber_to_everything_disturbs_neither_probe_nor_listen() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_native_message_is_in_the_history_once_however_many_patterns_bring_it() {
-    if left_out() {
-        return;
-    }
-    let client = native().await;
-    let space = unique();
-    let policy = policy([ephemeral(">", &format!("{space}.{{topic}}"))]);
-    let lane = nats(&settings(shared_nats().await.url()), &policy).await;
+    let Some(Bed { client, space, lane, .. }) = Bed::open(plain).await else { return };
     let mut ears = Vec::new();
     for topics in ["a.*", "a.b", "*.b", "a.>"] {
         ears.push(Recorder::listening(&*lane, topics).await);
@@ -237,13 +232,7 @@ async fn a_native_message_is_in_the_history_once_however_many_patterns_bring_it(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_that_names_no_place_to_answer_is_a_message() {
-    if left_out() {
-        return;
-    }
-    let client = native().await;
-    let space = unique();
-    let policy = policy([ephemeral(">", &format!("{space}.{{topic}}"))]);
-    let lane = nats(&settings(shared_nats().await.url()), &policy).await;
+    let Some(Bed { client, space, policy, lane }) = Bed::open(plain).await else { return };
     let (ear, _listening) = Recorder::listening(&*lane, "a").await;
     client.publish_with_reply(format!("{space}.a"), "x.*", "?".into()).await.unwrap();
     assert_eq!(ear.wait(1).await[0].reply_to, None);

@@ -22,7 +22,6 @@ use super::interest::{Found, Interest};
 use crate::message::{Envelope, Lane, Message, ReplyTo};
 use crate::policy::Policy;
 use crate::policy::table::Route;
-use crate::telemetry::metrics::Metrics;
 use crate::topic::{Pattern, Topic};
 
 pub struct Bus {
@@ -42,8 +41,7 @@ struct Shared {
 type Requests = Mutex<HashMap<Arc<str>, oneshot::Sender<Message>>>;
 
 impl Bus {
-    pub fn new(policy: Policy, history_bytes: usize, metrics: Arc<Metrics>) -> Arc<Self> {
-        metrics.lane_is(Lane::Ephemeral, true);
+    pub fn new(policy: Policy, history_bytes: usize) -> Arc<Self> {
         let shared = Shared { history: History::new(history_bytes), interest: Interest::default() };
         Arc::new(Self {
             policy,

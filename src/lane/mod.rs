@@ -42,7 +42,7 @@ pub async fn open_ephemeral(
     metrics: Arc<Metrics>,
 ) -> Result<Arc<dyn EphemeralLane>, OpenError> {
     Ok(match settings.backend {
-        EphemeralBackend::Memory => Bus::new(policy, settings.history_bytes, metrics),
+        EphemeralBackend::Memory => Bus::new(policy, settings.history_bytes),
         EphemeralBackend::Nats => Nats::open(settings, policy, metrics).await?,
     })
 }

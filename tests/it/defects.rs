@@ -22,7 +22,6 @@ use twinspan::message::{Envelope, Message, ReplyTo, Start, Timestamp};
 use twinspan::policy::table::Route;
 use twinspan::server::Lanes;
 use twinspan::session::{self, Manner};
-use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
 use twinspan::wire::json::Json;
 use twinspan::wire::verbs::{Asked, Codec, Event};
@@ -183,7 +182,7 @@ impl Reader for Panicking {
 /// A bridge whose lanes fail as they are asked to.
 async fn flawed() -> Span {
     let policy = policy([ephemeral("telemetry.>", "{topic}"), ephemeral("svc.>", "{topic}")]);
-    let bus = Bus::new(policy, 1 << 20, Arc::new(Metrics::new()));
+    let bus = Bus::new(policy, 1 << 20);
     let failing = Failing(watch::Sender::new(LaneState::Up));
     let lanes = Lanes { ephemeral: Arc::new(Flawed(bus)), durable: Arc::new(failing) };
     Span::with(Plan { lanes: Some(lanes), ..Plan::default() }).await

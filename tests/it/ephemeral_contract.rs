@@ -9,7 +9,6 @@ use twinspan::lane::contract::{EphemeralLane, LaneError, Listening};
 use twinspan::message::{Draft, Message, MessageId, ReplyTo, Timestamp};
 use twinspan::policy::Policy;
 use twinspan::policy::table::Route;
-use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::Topic;
 
 use crate::brokers;
@@ -29,7 +28,7 @@ struct Carrier {
 impl Carrier {
     fn bus() -> Self {
         let policy = policy([ephemeral(">", "{topic}")]);
-        let bus = Bus::new(policy.clone(), 64 << 20, Arc::new(Metrics::new()));
+        let bus = Bus::new(policy.clone(), 64 << 20);
         let counted = bus.clone();
         Self { here: bus.clone(), there: bus, policy, requests: Box::new(move || counted.requests()) }
     }

@@ -297,7 +297,7 @@ impl Reluctant {
             Journal::open(&dir.path().join("data"), policy.clone(), Duration::from_secs(5), metrics.clone())
                 .unwrap();
         let lane = Arc::new(Self { log, refuses: false.into(), hangs: false.into() });
-        let lanes = Lanes { ephemeral: Bus::new(policy, 1 << 20, metrics), durable: lane.clone() };
+        let lanes = Lanes { ephemeral: Bus::new(policy, 1 << 20), durable: lane.clone() };
         (Span::inside(Plan { lanes: Some(lanes), ..Plan::default() }, dir).await, lane)
     }
 }

@@ -96,7 +96,7 @@ mod tests {
     fn a_message_that_the_client_library_dropped_is_counted_and_the_keeper_is_told() {
         let metrics = Arc::new(Metrics::new());
         let events = Events {
-            state: Arc::new(State::new(&["nats://a".into()], metrics.clone())),
+            state: Arc::new(State::new(&["nats://a".into()])),
             waiters: Arc::new(Waiters::new()),
             refused: Arc::default(),
             upstreams: Arc::new(Upstreams::new(Policy::new(RouteTable::default()), 1, metrics.clone())),

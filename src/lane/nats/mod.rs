@@ -79,7 +79,7 @@ impl Nats {
         let servers = connect::servers(&settings.url)?;
         let options = connect::options(settings)?;
         let stop = CancellationToken::new();
-        let state = Arc::new(State::new(&settings.url, metrics.clone()));
+        let state = Arc::new(State::new(&settings.url));
         let upstreams = Arc::new(Upstreams::new(policy.clone(), settings.history_bytes, metrics));
         let (waiters, refused) = (Arc::new(Waiters::new()), Arc::new(Refused::default()));
         let events = Arc::new(Events {

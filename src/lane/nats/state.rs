@@ -1,7 +1,7 @@
 //! What is known of the broker, as one sentence, told to whoever watches.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::Server;
@@ -9,15 +9,12 @@ use tokio::sync::{Notify, watch};
 use tracing::{info, warn};
 
 use crate::lane::contract::{LaneError, LaneState};
-use crate::message::Lane;
-use crate::telemetry::metrics::Metrics;
 
 /// What one call of the lane may take before it fails.
 pub const DEADLINE: Duration = Duration::from_secs(2);
 
 pub struct State {
     sender: watch::Sender<LaneState>,
-    metrics: Arc<Metrics>,
     servers: String,
     /// What the server said before it hung up, or forbids that the lane cannot do without.
     complaint: Mutex<Option<String>>,
@@ -28,12 +25,10 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(servers: &[String], metrics: Arc<Metrics>) -> Self {
+    pub fn new(servers: &[String]) -> Self {
         let servers = servers.join(", ");
-        metrics.lane_is(Lane::Ephemeral, false);
         Self {
             sender: watch::Sender::new(LaneState::Down(format!("connecting to {servers}"))),
-            metrics,
             servers,
             complaint: Mutex::default(),
             wake: Notify::new(),
@@ -66,7 +61,6 @@ impl State {
             let up = !state.is_up() && !self.closed.load(Ordering::Relaxed) && still();
             if up {
                 *state = LaneState::Up;
-                self.metrics.lane_is(Lane::Ephemeral, true);
             }
             up
         });
@@ -112,7 +106,6 @@ impl State {
             let changed = *state != down && !self.closed.load(Ordering::Relaxed);
             if changed {
                 *state = down;
-                self.metrics.lane_is(Lane::Ephemeral, false);
             }
             changed
         });

@@ -82,14 +82,12 @@ impl Health {
     }
 
     fn is_up(&self) {
-        self.metrics.lane_is(Lane::Durable, true);
         if self.state.send_if_modified(|state| std::mem::replace(state, LaneState::Up) != LaneState::Up) {
             info!("The durable lane is up.");
         }
     }
 
     fn is_down(&self, why: String) {
-        self.metrics.lane_is(Lane::Durable, false);
         self.state.send_if_modified(|state| {
             if state.is_up() {
                 warn!(%why, "The durable lane is down.");

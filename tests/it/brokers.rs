@@ -46,6 +46,8 @@ pub struct Options {
     pub token: Option<String>,
     /// A proxy's target, told before the broker starts: a Pulsar that advertises a proxy connects to itself by it.
     pub forwarded: Option<Arc<AtomicU16>>,
+    /// Pulsar: the port of the ZooKeeper where the brokers of a cluster meet.
+    pub zookeeper: Option<u16>,
 }
 
 pub struct Broker {
@@ -94,6 +96,8 @@ impl Kind {
     }
 }
 
+static INSTALLED_PULSAR: OnceCell<()> = OnceCell::const_new();
+
 /// One nats-server for all tests that do it no harm. They keep apart by the names they use.
 pub async fn shared_nats() -> &'static Broker {
     static SHARED: OnceCell<Broker> = OnceCell::const_new();
@@ -118,9 +122,25 @@ impl Broker {
     }
 
     pub async fn pulsar(options: &Options) -> Self {
-        static INSTALLED: OnceCell<()> = OnceCell::const_new();
-        INSTALLED.get_or_init(|| install(Kind::Pulsar)).await;
+        INSTALLED_PULSAR.get_or_init(|| install(Kind::Pulsar)).await;
         Self::start(Kind::Pulsar, options).await
+    }
+
+    /// Two of one cluster, and what they keep everything in. The first leads: it says who serves what nobody serves.
+    pub async fn pulsar_cluster() -> ([Self; 2], Storage) {
+        INSTALLED_PULSAR.get_or_init(|| install(Kind::Pulsar)).await;
+        let storage = Storage::start().await;
+        let set = [
+            // Else a broker that was killed is missed only after half a minute.
+            "metadataStoreSessionTimeoutMillis=6000",
+            // Nobody but the tests looks for topics.
+            "topicLevelPoliciesEnabled=false",
+            "systemTopicEnabled=false",
+        ];
+        let set = set.map(String::from).into();
+        let options = Options { set, zookeeper: Some(storage.zookeeper), ..Options::default() };
+        let first = Self::pulsar(&options).await;
+        ([first, Self::pulsar(&options).await], storage)
     }
 
     async fn start(kind: Kind, options: &Options) -> Self {
@@ -269,6 +289,39 @@ impl Drop for Broker {
     }
 }
 
+/// A ZooKeeper and a bookie, in which the brokers of a Pulsar cluster keep everything.
+pub struct Storage {
+    zookeeper: u16,
+    child: Child,
+    _dir: TempDir,
+}
+
+impl Storage {
+    async fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let [zookeeper, bookie] = free_ports();
+        let mut command = script();
+        command.args(["exec", "pulsar", "--zookeeper", &zookeeper.to_string()]);
+        command.args(["--bookie", &bookie.to_string(), "--dir"]).arg(dir.path());
+        let mut child = logged(command, dir.path());
+        let deadline = Instant::now() + Kind::Pulsar.ready_within();
+        // The bookie is the last to listen.
+        while TcpStream::connect(("127.0.0.1", bookie)).await.is_err() {
+            let starts = child.try_wait().unwrap().is_none() && Instant::now() < deadline;
+            assert!(starts, "a cluster's storage could not be started");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Self { zookeeper, child, _dir: dir }
+    }
+}
+
+impl Drop for Storage {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// Different ones: both are held while they are chosen.
 fn free_ports() -> [u16; 2] {
     let free = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
@@ -304,9 +357,16 @@ fn spawn(kind: Kind, port: u16, http_port: u16, dir: &Path, options: &Options) -
     if let Some(config) = &options.config {
         command.arg("--config").arg(write_config(dir, config));
     }
+    if let Some(zookeeper) = options.zookeeper {
+        command.args(["--zookeeper", &zookeeper.to_string()]);
+    }
     for setting in &options.set {
         command.args(["--set", setting]);
     }
+    logged(command, dir)
+}
+
+fn logged(mut command: Command, dir: &Path) -> Child {
     let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
     command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
     keeper(command).expect("dev/brokers can be run")

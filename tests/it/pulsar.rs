@@ -22,9 +22,11 @@ use crate::brokers::{Broker, left_out, shared_pulsar};
 use crate::durable_contract::groups::group_promises;
 use crate::durable_contract::{Ground, SOON, number, numbered, promises, shared, soon};
 
+mod cluster;
+mod faults;
+mod gateway;
 mod groups;
 mod load;
-mod faults;
 mod natives;
 mod outages;
 mod places;

@@ -43,6 +43,11 @@ impl Fault {
         )
     }
 
+    /// Whether this is what a broker says of a topic that moves just now, and will not say for long.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Fault::Refused { .. }) && !self.is_busy() && !self.is_lasting()
+    }
+
     /// Whether messages that wait for a producer are refused rather than kept.
     pub fn refuses_messages(&self) -> bool {
         use ServerError as E;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use pulsar::proto::command_subscribe::{InitialPosition, SubType};
 use pulsar::proto::{CommandSubscribe, MessageIdData};
+use tokio::time::Instant;
 use tracing::warn;
 use uuid::Uuid;
 
@@ -35,6 +36,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// A topic that moves to another broker is served again after some ten milliseconds.
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// A topic that moves just now is served again within this time.
+const SETTLE_DOWN: Duration = Duration::from_secs(3);
 
 /// Waits between attempts: longer each time, and not in step with others.
 pub struct Backoff {
@@ -72,6 +75,30 @@ impl Backoff {
 
     pub async fn wait(&mut self) {
         tokio::time::sleep(self.next()).await;
+    }
+}
+
+/// With a topic that is asked for the first time and moves just now. What is refused for another reason is refused at
+/// once.
+pub struct Patience {
+    began: Instant,
+    backoff: Backoff,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { began: Instant::now(), backoff: Backoff::default() }
+    }
+}
+
+impl Patience {
+    /// Waits, so that it can be tried again; or hands the fault back.
+    pub async fn bear(&mut self, fault: Fault) -> Result<(), Fault> {
+        if !fault.is_passing() || self.began.elapsed() > SETTLE_DOWN {
+            return Err(fault);
+        }
+        self.backoff.wait().await;
+        Ok(())
     }
 }
 
@@ -131,8 +158,16 @@ impl Feed {
             skipped: false,
             fresh: true,
         };
-        feed.consumer = Some(feed.subscribe().await?);
-        Ok(feed)
+        let mut patience = Patience::default();
+        loop {
+            match feed.subscribe().await {
+                Ok(consumer) => {
+                    feed.consumer = Some(consumer);
+                    return Ok(feed);
+                }
+                Err(fault) => patience.bear(fault).await?,
+            }
+        }
     }
 
     /// The next records, at least one; `None` once the end was reached.
@@ -262,6 +297,16 @@ impl Feed {
 
 /// The newest place of a partition; `None` where it is empty.
 pub async fn newest(cluster: &Cluster, physical: &Physical) -> Result<Option<Place>, Fault> {
+    let mut patience = Patience::default();
+    loop {
+        match ask_for_newest(cluster, physical).await {
+            Ok(newest) => return Ok(newest),
+            Err(fault) => patience.bear(fault).await?,
+        }
+    }
+}
+
+async fn ask_for_newest(cluster: &Cluster, physical: &Physical) -> Result<Option<Place>, Fault> {
     let session = cluster.owner(physical).await?;
     let subscribe = CommandSubscribe {
         topic: physical.as_str().into(),

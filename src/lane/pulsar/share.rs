@@ -29,7 +29,7 @@ use tracing::{info, warn};
 use super::cluster::Cluster;
 use super::consumer::Consumer;
 use super::fault::Fault;
-use super::feed::Backoff;
+use super::feed::{Backoff, Patience};
 use super::group::Desk;
 use super::held::{Held, Key, Lost, Slot, State, is_unacked, unacked_set};
 use super::names::Physical;
@@ -48,8 +48,6 @@ const KEPT_FREE: usize = 1000;
 /// A broker that has not noticed yet that our last connection broke takes our old consumer for another. It asks every
 /// connection for a sign of life each 30 s, and ends it after the second time.
 const BUSY_FOR: Duration = Duration::from_secs(75);
-/// A topic that moves just now is served again within this time.
-const SETTLE_DOWN: Duration = Duration::from_secs(3);
 /// How long the members that were sought wait for each other.
 const MEET: Duration = Duration::from_millis(500);
 /// Commands and events taken in one go.
@@ -221,13 +219,9 @@ impl Share {
             acked: 0,
             answers: FuturesUnordered::new(),
         };
-        let (began, mut backoff) = (Instant::now(), Backoff::default());
+        let mut patience = Patience::default();
         while let Err(fault) = share.connect().await {
-            let passes = matches!(fault, Fault::Refused { .. }) && !fault.is_busy() && !fault.is_lasting();
-            if !passes || began.elapsed() > SETTLE_DOWN {
-                return Err(fault);
-            }
-            backoff.wait().await;
+            patience.bear(fault).await?;
         }
         // A topic that is deleted shall not come back because of us. What is stored once it does is all new to us.
         share.subscribe.force_topic_creation = Some(false);

@@ -169,7 +169,7 @@ async fn take_part(member: Box<dyn Member>, delivered: Arc<Mutex<Vec<Delivered>>
     }
 }
 
-async fn under_load(bed: Bed, what: &str, restarted: bool, fault: impl AsyncFnOnce(&Bed)) {
+pub async fn under_load(bed: Bed, what: &str, restarted: bool, fault: impl AsyncFnOnce(&Bed)) {
     let load = Load::start(bed, &GroupMode::ALL).await;
     load.flows(what, SOON).await;
     fault(&load.bed).await;

@@ -41,6 +41,8 @@ pub struct SubscriptionStats {
     /// What is not wholly acknowledged.
     #[serde(rename = "msgBacklog")]
     pub entries: u64,
+    #[serde(rename = "backlogSize")]
+    pub bytes: i64,
     /// Messages that consumers have; counted where they share.
     #[serde(rename = "unackedMessages")]
     pub unacked: u64,
@@ -57,7 +59,7 @@ pub struct SubscriptionStats {
 
 impl Default for SubscriptionStats {
     fn default() -> Self {
-        Self { entries: 0, unacked: 0, kind: String::new(), consumers: 0, durable: true, oldest: 0 }
+        Self { entries: 0, bytes: 0, unacked: 0, kind: String::new(), consumers: 0, durable: true, oldest: 0 }
     }
 }
 
@@ -70,6 +72,9 @@ fn count<'de, D: serde::Deserializer<'de>>(list: D) -> Result<usize, D::Error> {
 pub struct Analyzed {
     pub entries: u64,
     pub messages: u64,
+    /// There are others that were not looked at.
+    #[serde(rename = "aborted", default)]
+    pub is_part: bool,
 }
 
 #[derive(Deserialize)]
@@ -135,6 +140,7 @@ impl Admin {
         let mut url = self.topic(topic, &["stats"])?;
         url.query_pairs_mut()
             .append_pair("getPreciseBacklog", "true")
+            .append_pair("subscriptionBacklogSize", "true")
             .append_pair("getEarliestTimeInBacklog", "true")
             .append_pair("excludePublishers", "true");
         let response = self.send(Method::GET, url, |request| request).await?;
@@ -145,7 +151,8 @@ impl Admin {
         Ok(stats.subscriptions)
     }
 
-    /// Looks through the backlog of a subscription: the broker reads it, so this is for small ones.
+    /// Looks through the backlog of a subscription, from its oldest entry up to a bound of the broker's: it reads all of it,
+    /// so this is for what is not large.
     pub async fn analyze(&self, topic: &Physical, name: &str) -> Result<Analyzed, LaneError> {
         let url = self.topic(topic, &["subscription", name, "analyzeBacklog"])?;
         let response = self.send(Method::POST, url, |request| request.json(&Value::Null)).await?;
@@ -160,7 +167,7 @@ impl Admin {
         };
         let entries = get("internalStats").await?["entriesAddedCounter"].as_u64().unwrap_or_default();
         let messages = get("stats").await?["msgInCounter"].as_u64().unwrap_or_default();
-        Ok(Analyzed { entries, messages })
+        Ok(Analyzed { entries, messages, is_part: true })
     }
 
     /// Deletes a subscription. `false`: there was none. One with consumers is `GroupBusy`.

@@ -22,8 +22,9 @@ use super::read::Source;
 use crate::lane::contract::{GroupReport, Joining, LaneError, Member};
 use crate::message::{GroupMode, Start, Timestamp};
 
-/// A backlog of so many entries is looked through; of a larger one the messages are estimated.
-const COUNTED: u64 = 1000;
+/// So many entries of a backlog, and so many bytes, are looked through: a fifth of a second's work for the broker. It
+/// looks through no more entries by default (`subscriptionBacklogScanMaxEntries`).
+const COUNTED: (u64, u64) = (10_000, 32 << 20);
 /// Subscriptions that are no groups: our readers', those of compaction.
 const OURS: &str = "twinspan-reader-";
 const COMPACTION: &str = "__compaction";
@@ -134,8 +135,9 @@ impl Groups {
         Ok(deleted)
     }
 
-    /// The backlog is exact up to a thousand entries; beyond, it is scaled by how many messages an entry of this topic
-    /// has held on average. What is acknowledged of a batch of which something is left counts as long as members on
+    /// The backlog is exact up to ten thousand entries that hold no more than 32 MiB. Of a larger one the oldest ten
+    /// thousand are counted, and the others taken to hold as many messages each; where those are large, as many as the
+    /// entries of this topic have held on average since its broker loaded it. What is acknowledged of a batch of which something is left counts as long as members on
     /// other bridges hold it.
     pub async fn report(&self, source: &Source, admin: &Admin) -> Result<Vec<GroupReport>, LaneError> {
         let mut reports: BTreeMap<String, GroupReport> = BTreeMap::new();
@@ -203,17 +205,25 @@ async fn messages(
     name: &str,
     stats: &SubscriptionStats,
 ) -> Result<u64, LaneError> {
-    match stats.entries {
-        0 => Ok(0),
-        1..=COUNTED => Ok(admin.analyze(physical, name).await?.messages),
-        entries => {
-            let Analyzed { entries: known, messages } = match admin.stored(physical).await? {
-                // Nothing was stored since the broker was started.
-                Analyzed { entries: 0, .. } => admin.analyze(physical, name).await?,
-                stored => stored,
-            };
-            let scaled = u128::from(entries) * u128::from(messages) / u128::from(known.max(1));
-            Ok(u64::try_from(scaled).unwrap_or(u64::MAX).max(entries))
-        }
+    let entries = stats.entries;
+    if entries == 0 {
+        return Ok(0);
     }
+    // Of those that would be looked through.
+    let (entries_max, bytes_max) = COUNTED;
+    let bytes =
+        u128::from(stats.bytes.unsigned_abs()) * u128::from(entries.min(entries_max)) / u128::from(entries);
+    let known = match bytes > u128::from(bytes_max) {
+        false => admin.analyze(physical, name).await?,
+        true => match admin.stored(physical).await? {
+            // Nothing was stored since the broker was started.
+            Analyzed { entries: 0, .. } => admin.analyze(physical, name).await?,
+            stored => stored,
+        },
+    };
+    if !known.is_part {
+        return Ok(known.messages);
+    }
+    let scaled = u128::from(entries) * u128::from(known.messages) / u128::from(known.entries.max(1));
+    Ok(u64::try_from(scaled).unwrap_or(u64::MAX).max(entries))
 }

@@ -1,8 +1,8 @@
 //! Groups on topics whose native publishers batch: an entry is many messages there.
 
 use super::*;
-use twinspan::lane::contract::Joining;
-use twinspan::message::{GroupMode, Start};
+use twinspan::lane::contract::{Joining, Publisher};
+use twinspan::message::{GroupMode, Message, Start};
 
 #[tokio::test]
 async fn what_is_acknowledged_of_a_batch_is_done_and_the_others_come_again() {
@@ -170,4 +170,52 @@ async fn in_every_mode_exactly_nine_of_ten_come_again_and_the_report_counts_mess
         assert_eq!(sorted(&take(&*member, 9).await), [0, 1, 2, 4, 5, 6, 7, 8, 9], "{mode:?}");
         assert_quiet(&*member).await;
     }
+}
+
+/// The batches of the backlog are not those of what was consumed before, so the topic's average would tell nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backlog_of_thousands_of_entries_is_told_in_messages_whatever_their_batches() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    let member = bed.join(Start::Earliest).await;
+    // A key of its own keeps each from the batches of the others.
+    let alone = async |numbers: std::ops::Range<usize>| {
+        let mut receipts = Vec::new();
+        for n in numbers {
+            let message = Message { key: Some(n.to_string()), ..numbered(n) };
+            receipts
+                .push(bed.lane.append(&bed.route, &bed.topic, message, Publisher::default()).await.unwrap());
+        }
+        futures_util::future::try_join_all(receipts).await.unwrap();
+    };
+    let backlog = async || bed.lane.groups(&bed.route, &bed.topic).await.unwrap().remove(0).backlog;
+    alone(0..1500).await;
+    let mut left = 1500;
+    while left > 0 {
+        let held = take(&*member, 1).await;
+        left -= held.len();
+        member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
+    }
+    assert_eq!(backlog().await, 0);
+    drop(member);
+
+    let options = ProducerOptions { batch_size: Some(4), ..Default::default() };
+    let producer = bed.native.producer().with_topic(bed.physical()).with_options(options);
+    let mut producer = producer.build().await.unwrap();
+    let mut sent = Vec::new();
+    for n in 0..4 * 1100 {
+        let message = producer::Message { payload: n.to_string().into(), ..Default::default() };
+        sent.push(producer.send_non_blocking(message).await.unwrap());
+    }
+    soon(futures_util::future::try_join_all(sent)).await.unwrap();
+    assert_eq!(backlog().await, 4 * 1100, "1,100 entries");
+
+    alone(0..12_000).await;
+    let (told, stored) = (backlog().await, 4 * 1100 + 12_000);
+    assert!(
+        told.abs_diff(stored) * 10 <= stored,
+        "{told} for {stored} in more entries than are looked through"
+    );
 }

@@ -33,8 +33,11 @@ const RECORDS: usize = 256;
 /// A feed that has an end and hears nothing for so long asks whether the end is still stored.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// A topic that moves to another broker is served again after some ten milliseconds.
+/// A topic that moves to another broker is served again after some ten milliseconds, mostly less than 200: as long as
+/// that is so, the waits double `STEPS` times only, since each is as long as what it may come too late by.
 const BACKOFF_FIRST: Duration = Duration::from_millis(10);
+const STEPS: u32 = 2;
+const MOVING: u32 = 12;
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A topic that moves just now is served again within this time.
 const SETTLE_DOWN: Duration = Duration::from_secs(3);
@@ -68,7 +71,8 @@ impl Backoff {
 
     /// How long to wait after another failure.
     pub fn next(&mut self) -> Duration {
-        let delay = self.first.saturating_mul(1 << self.failed.min(10)).min(self.max);
+        let doubled = self.failed.min(STEPS) + self.failed.saturating_sub(MOVING).min(10);
+        let delay = self.first.saturating_mul(1 << doubled).min(self.max);
         self.failed = self.failed.saturating_add(1);
         delay.mul_f64(0.5 + fastrand::f64() / 2.0)
     }
@@ -368,6 +372,21 @@ impl Ahead {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn attempts_are_close_together_for_as_long_as_a_topic_moves_and_rare_when_it_is_away() {
+        let mut backoff = Backoff::default();
+        let mut waited = Duration::ZERO;
+        while waited < Duration::from_millis(200) {
+            let wait = backoff.next();
+            assert!(wait <= Duration::from_millis(40), "{wait:?} after {waited:?}");
+            waited += wait;
+        }
+        (0..20).for_each(|_| drop(backoff.next()));
+        assert!(backoff.next() >= BACKOFF_MAX / 2);
+        backoff.reset();
+        assert!(backoff.next() <= BACKOFF_FIRST);
+    }
 
     #[test]
     fn the_broker_runs_ahead_by_messages_that_are_small_and_by_bytes_that_are_many() {

@@ -23,12 +23,18 @@ use crate::proxy::Proxy;
 const HEALED_WITHIN: Duration = Duration::from_secs(5);
 const PUBLISHERS: usize = 2;
 const KEYS: usize = 4;
+/// Each in an entry of its own.
+const ONE_BY_ONE: (usize, Duration) = (1, Duration::from_millis(4));
+/// So many at once that each key's are a batch.
+const IN_BATCHES: (usize, Duration) = (200, Duration::from_millis(200));
 
 /// One delivery to a group: what, where, and as which attempt.
 type Delivered = (usize, Place, u32);
 
 struct Load {
     bed: Bed,
+    /// How many messages an entry holds at least, on average and about.
+    batches: usize,
     publishers: Publishers,
     followed: Arc<Mutex<Vec<(usize, Place)>>>,
     groups: HashMap<GroupMode, Arc<Mutex<Vec<Delivered>>>>,
@@ -36,7 +42,7 @@ struct Load {
 }
 
 impl Load {
-    async fn start(bed: Bed, modes: &[GroupMode]) -> Self {
+    async fn start(bed: Bed, modes: &[GroupMode], pace: (usize, Duration)) -> Self {
         let mut subscribers = JoinSet::new();
         let followed = Arc::new(Mutex::new(Vec::new()));
         let mut follow =
@@ -69,8 +75,9 @@ impl Load {
             groups.insert(*mode, delivered);
         }
         let key = |n: usize| Some(format!("{}-{}", n / EACH, n % KEYS));
-        let publishers = Publishers::on(&bed, PUBLISHERS, Duration::from_millis(4), key);
-        Self { bed, publishers, followed, groups, _subscribers: subscribers }
+        let publishers = Publishers::on(&bed, PUBLISHERS, pace, key);
+        let batches = if pace.0 > 1 { pace.0 / KEYS / 5 } else { 0 };
+        Self { bed, batches, publishers, followed, groups, _subscribers: subscribers }
     }
 
     fn newest(&self) -> Vec<(String, usize)> {
@@ -102,6 +109,14 @@ impl Load {
         let published = self.publishers.end().await;
         is_up(&*self.bed.lane).await;
         let stored = published.check(what, &self.bed).await;
+        let entries: BTreeSet<_> =
+            stored.iter().map(|event| (place(event).ledger, place(event).entry)).collect();
+        assert!(
+            stored.len() > entries.len() * self.batches,
+            "{what}: {} in {} entries",
+            stored.len(),
+            entries.len()
+        );
         let stored: Vec<_> = stored.iter().map(|event| (number(event), place(event))).collect();
         assert!(published.acked.len() > 200, "{what}: only {} were confirmed", published.acked.len());
 
@@ -170,7 +185,17 @@ async fn take_part(member: Box<dyn Member>, delivered: Arc<Mutex<Vec<Delivered>>
 }
 
 pub async fn under_load(bed: Bed, what: &str, restarted: bool, fault: impl AsyncFnOnce(&Bed)) {
-    let load = Load::start(bed, &GroupMode::ALL).await;
+    under_load_of(ONE_BY_ONE, bed, what, restarted, fault).await;
+}
+
+async fn under_load_of(
+    pace: (usize, Duration),
+    bed: Bed,
+    what: &str,
+    restarted: bool,
+    fault: impl AsyncFnOnce(&Bed),
+) {
+    let load = Load::start(bed, &GroupMode::ALL, pace).await;
     load.flows(what, SOON).await;
     fault(&load.bed).await;
     is_up(&*load.bed.lane).await;
@@ -234,17 +259,19 @@ async fn a_broker_that_is_killed_under_load_loses_nothing_confirmed_and_everybod
         return;
     }
     let mut broker = Broker::pulsar(&Options::default()).await;
-    let bed = Bed::on(&broker).await;
-    under_load(bed, "killed", true, async |bed| {
-        broker.kill();
-        let took = is_down(&*bed.lane).await;
-        assert!(took < Duration::from_secs(3), "noticed after {took:?}");
-        let asked = Instant::now();
-        let refused = bed.lane.append(&bed.route, &bed.topic, numbered(0), Publisher::default()).await;
-        assert!(matches!(refused.map(drop), Err(LaneError::Unavailable(_))));
-        assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
-        broker.restart().await;
-        is_up(&*bed.lane).await;
-    })
-    .await;
+    for (what, pace) in [("killed", ONE_BY_ONE), ("killed among batches", IN_BATCHES)] {
+        let bed = Bed::on(&broker).await;
+        under_load_of(pace, bed, what, true, async |bed| {
+            broker.kill();
+            let took = is_down(&*bed.lane).await;
+            assert!(took < Duration::from_secs(3), "noticed after {took:?}");
+            let asked = Instant::now();
+            let refused = bed.lane.append(&bed.route, &bed.topic, numbered(0), Publisher::default()).await;
+            assert!(matches!(refused.map(drop), Err(LaneError::Unavailable(_))));
+            assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+            broker.restart().await;
+            is_up(&*bed.lane).await;
+        })
+        .await;
+    }
 }

@@ -32,8 +32,13 @@ pub struct Outcome {
 }
 
 impl Publishers {
-    /// So many, each with a message every `pace`, whose key is that of its number.
-    pub fn on(bed: &Bed, count: usize, pace: Duration, key: fn(usize) -> Option<String>) -> Self {
+    /// So many, each with a burst of messages every so often, whose keys are those of their numbers.
+    pub fn on(
+        bed: &Bed,
+        count: usize,
+        (burst, pace): (usize, Duration),
+        key: fn(usize) -> Option<String>,
+    ) -> Self {
         let stop = watch::Sender::new(false);
         let mut tasks = JoinSet::new();
         for publisher in 0..count {
@@ -55,7 +60,9 @@ impl Publishers {
                         let (n, receipt) = under_way.pop_front().unwrap();
                         outcome.note(n, receipt.await);
                     }
-                    tokio::time::sleep(pace).await;
+                    if (n + 1) % burst == 0 {
+                        tokio::time::sleep(pace).await;
+                    }
                 }
                 for (n, receipt) in under_way {
                     outcome.note(n, receipt.await);

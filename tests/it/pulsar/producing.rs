@@ -46,7 +46,7 @@ const PUBLISHERS: usize = 4;
 /// Publishers with a key each, the first without one.
 fn publishers(bed: &Bed) -> Publishers {
     let key = |n: usize| (n >= EACH).then(|| format!("k{}", n / EACH));
-    Publishers::on(bed, PUBLISHERS, Duration::from_millis(1), key)
+    Publishers::on(bed, PUBLISHERS, (1, Duration::from_millis(1)), key)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

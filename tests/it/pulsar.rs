@@ -31,6 +31,7 @@ mod natives;
 mod outages;
 mod places;
 mod producing;
+mod quotas;
 mod security;
 mod topics;
 

@@ -382,7 +382,9 @@ mod tests {
             assert!(wait <= Duration::from_millis(40), "{wait:?} after {waited:?}");
             waited += wait;
         }
-        (0..20).for_each(|_| drop(backoff.next()));
+        for _ in 0..20 {
+            backoff.next();
+        }
         assert!(backoff.next() >= BACKOFF_MAX / 2);
         backoff.reset();
         assert!(backoff.next() <= BACKOFF_FIRST);

@@ -1,6 +1,7 @@
 //! Groups on topics whose native publishers batch: an entry is many messages there.
 
 use super::*;
+use serde_json::json;
 use twinspan::lane::contract::{Joining, Publisher};
 use twinspan::message::{GroupMode, Message, Start};
 
@@ -62,7 +63,7 @@ async fn a_rejected_message_can_go_to_another_member() {
     let held = take(&*first, 1).await;
     let other = bed.join(Start::Earliest).await;
     // With its one place taken by the next, the first member has no room when the rejected one comes back.
-    first.nack(vec![held[0].tag], Duration::from_millis(500)).await.unwrap();
+    first.nack(vec![held[0].tag], Duration::from_secs(2)).await.unwrap();
     let mut publishing = 1;
     let taken = loop {
         bed.publish(publishing).await;
@@ -180,15 +181,17 @@ async fn a_backlog_of_thousands_of_entries_is_told_in_messages_whatever_their_ba
     }
     let bed = Bed::shared().await;
     let member = bed.join(Start::Earliest).await;
-    // A key of its own keeps each from the batches of the others.
+    // A key of its own keeps each from the batches of the others. No more at once than a busy machine stores in time.
     let alone = async |numbers: std::ops::Range<usize>| {
-        let mut receipts = Vec::new();
-        for n in numbers {
-            let message = Message { key: Some(n.to_string()), ..numbered(n) };
-            receipts
-                .push(bed.lane.append(&bed.route, &bed.topic, message, Publisher::default()).await.unwrap());
+        for first in numbers.clone().step_by(500) {
+            let mut receipts = Vec::new();
+            for n in first..numbers.end.min(first + 500) {
+                let message = Message { key: Some(n.to_string()), ..numbered(n) };
+                let sent = bed.lane.append(&bed.route, &bed.topic, message, Publisher::default()).await;
+                receipts.push(sent.unwrap());
+            }
+            futures_util::future::try_join_all(receipts).await.unwrap();
         }
-        futures_util::future::try_join_all(receipts).await.unwrap();
     };
     let backlog = async || bed.lane.groups(&bed.route, &bed.topic).await.unwrap().remove(0).backlog;
     alone(0..1500).await;
@@ -218,4 +221,119 @@ async fn a_backlog_of_thousands_of_entries_is_told_in_messages_whatever_their_ba
         told.abs_diff(stored) * 10 <= stored,
         "{told} for {stored} in more entries than are looked through"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_is_sought_from_elsewhere_gets_everything_again_acknowledged_or_not() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    for mode in GroupMode::ALL {
+        let bed = Bed::on(broker).await;
+        let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
+        let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+        for n in 0..10 {
+            bed.publish(n).await;
+        }
+        let held = take(&*member, 10).await;
+        member.ack(held[..7].iter().map(|handed| handed.tag).collect()).await.unwrap();
+        let earliest = json!({ "ledgerId": -1, "entryId": -1, "partitionIndex": -1, "batchIndex": -1 });
+        let path = format!("persistent/public/default/{}/subscription/billing/resetcursor", bed.topic);
+        admin(broker, Method::POST, &path, earliest).await;
+        let again = take(&*member, 10).await;
+        assert_eq!(sorted(&again), (0..10).collect::<Vec<_>>(), "{mode:?}");
+        member.ack(again.iter().map(|handed| handed.tag).collect()).await.unwrap();
+        assert_quiet(&*member).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_rejected_of_a_batch_brings_nobody_else_what_a_member_still_holds() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    let holder = bed.join(Start::Earliest).await;
+    // To whom the broker would give a batch again is its choice, each time anew.
+    let batches = (0..6).map(|batch| batch * 5..(batch + 1) * 5);
+    let mut held = Vec::new();
+    for numbers in batches.clone() {
+        bed.batch(numbers).await;
+        held.extend(take(&*holder, 5).await);
+    }
+    let other = bed.join(Start::Earliest).await;
+    let rejected: Vec<_> = batches.map(|batch| batch.start + 2).collect();
+    let tags = rejected.iter().map(|n| tag(&held, *n)).collect();
+    holder.nack(tags, Duration::from_millis(50)).await.unwrap();
+    assert_eq!(sorted(&take(&*holder, rejected.len()).await), rejected);
+    assert_quiet(&*other).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_member_held_when_it_left_comes_again_counted_in_every_mode() {
+    if left_out() {
+        return;
+    }
+    for mode in GroupMode::ALL {
+        let bed = Bed::shared().await;
+        bed.batch(0..3).await;
+        bed.publish(3).await;
+        for attempt in 1..=3 {
+            let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
+            let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+            let held = take(&*member, 4).await;
+            let attempts: Vec<_> = held.iter().map(|handed| handed.attempt).collect();
+            assert_eq!((sorted(&held), attempts), ((0..4).collect(), vec![attempt; 4]), "{mode:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_member_holds_when_its_topic_moves_is_not_handed_to_it_twice() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    for mode in GroupMode::ALL {
+        let bed = Bed::on(broker).await;
+        let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
+        let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+        bed.batch(0..3).await;
+        let mut held = take(&*member, 3).await;
+        member.nack(vec![tag(&held, 1)], Duration::from_millis(1500)).await.unwrap();
+        let path = format!("persistent/public/default/{}/unload", bed.topic);
+        admin(broker, Method::PUT, &path, Value::Null).await;
+        bed.publish(3).await;
+        held.extend(take(&*member, 1).await);
+        assert_eq!(sorted(&held), [0, 1, 2, 3], "{mode:?}: the new one only");
+        let again = take(&*member, 1).await;
+        assert_eq!((sorted(&again), again[0].attempt), (vec![1], 2), "{mode:?}: when its delay is over");
+        held.extend(again);
+        member.ack(held.iter().map(|handed| handed.tag).collect()).await.unwrap();
+        assert_quiet(&*member).await;
+        drop(member);
+        assert_eq!(bed.lane.groups(&bed.route, &bed.topic).await.unwrap().remove(0).backlog, 0, "{mode:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_acknowledgement_from_before_a_seek_is_none_of_what_came_after_it() {
+    if left_out() {
+        return;
+    }
+    for mode in GroupMode::ALL {
+        let bed = Bed::shared().await;
+        let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
+        let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+        bed.batch(0..5).await;
+        let before = take(&*member, 5).await;
+        bed.lane.seek(&bed.route, &bed.topic, "billing", Start::Earliest).await.unwrap();
+        let after = take(&*member, 5).await;
+        member.ack(before.iter().map(|handed| handed.tag).collect()).await.unwrap();
+        let backlog = async || bed.lane.groups(&bed.route, &bed.topic).await.unwrap().remove(0).backlog;
+        assert_eq!(backlog().await, 5, "{mode:?}");
+        member.ack(after.iter().map(|handed| handed.tag).collect()).await.unwrap();
+        assert_eq!(backlog().await, 0, "{mode:?}");
+    }
 }

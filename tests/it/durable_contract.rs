@@ -665,6 +665,4 @@ mod journal {
 
     promises!(ground);
     groups::group_promises!(ground);
-    // Not yet over Pulsar: there, now and then, nothing comes to a key_shared member that joins as all others leave.
-    promises! { ground, crate::durable_contract::groups; what_was_held_before_a_seek_is_nobodys_to_acknowledge }
 }

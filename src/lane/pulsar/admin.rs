@@ -52,6 +52,12 @@ pub struct SubscriptionStats {
     #[serde(deserialize_with = "count")]
     pub consumers: usize,
     pub durable: bool,
+    /// Entries that will be delivered again; none where the broker is too old to say.
+    #[serde(rename = "msgInReplay")]
+    pub again: Option<u64>,
+    /// Entries whose time has not come.
+    #[serde(rename = "msgDelayed")]
+    pub delayed: u64,
     /// In milliseconds; none where it is not positive.
     #[serde(rename = "earliestMsgPublishTimeInBacklog")]
     pub oldest: i64,
@@ -59,12 +65,36 @@ pub struct SubscriptionStats {
 
 impl Default for SubscriptionStats {
     fn default() -> Self {
-        Self { entries: 0, bytes: 0, unacked: 0, kind: String::new(), consumers: 0, durable: true, oldest: 0 }
+        Self {
+            entries: 0,
+            bytes: 0,
+            unacked: 0,
+            kind: String::new(),
+            consumers: 0,
+            durable: true,
+            again: None,
+            delayed: 0,
+            oldest: 0,
+        }
     }
 }
 
 fn count<'de, D: serde::Deserializer<'de>>(list: D) -> Result<usize, D::Error> {
     Vec::<serde::de::IgnoredAny>::deserialize(list).map(|list| list.len())
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct InternalStats {
+    last_confirmed_entry: String,
+    cursors: std::collections::HashMap<String, CursorStats>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct CursorStats {
+    read_position: String,
+    waiting_read_op: bool,
 }
 
 /// What the broker found when it looked through a backlog, up to a bound of its own.
@@ -149,6 +179,17 @@ impl Admin {
         }
         let stats: Stats = succeeded(response).await?.json().await.map_err(lost)?;
         Ok(stats.subscriptions)
+    }
+
+    /// Whether a subscription has read its topic to the end, and waits there for more.
+    pub async fn waits_at_the_end(&self, topic: &Physical, name: &str) -> Result<bool, LaneError> {
+        let url = self.topic(topic, &["internalStats"])?;
+        let response = self.send(Method::GET, url, |request| request).await?;
+        let stats: InternalStats = succeeded(response).await?.json().await.map_err(lost)?;
+        let Some(cursor) = stats.cursors.get(name) else { return Ok(false) };
+        // An open transaction has it wait before the end.
+        let (reads, last) = (place(&cursor.read_position), place(&stats.last_confirmed_entry));
+        Ok(cursor.waiting_read_op && reads.zip(last).is_some_and(|(reads, last)| reads > last))
     }
 
     /// Looks through the backlog of a subscription, from its oldest entry up to a bound of the broker's: it reads all of it,
@@ -273,6 +314,12 @@ impl Admin {
         }
         request.send().await.map_err(lost)
     }
+}
+
+/// `ledger:entry`, where the entry before a ledger's first is -1.
+fn place(said: &str) -> Option<(i64, i64)> {
+    let (ledger, entry) = said.split_once(':')?;
+    Some((ledger.parse().ok()?, entry.parse().ok()?))
 }
 
 async fn created(response: Response) -> Result<bool, LaneError> {

@@ -180,7 +180,7 @@ pub struct Colleague {
 impl GroupMember {
     pub async fn join(
         source: Source,
-        admin: &Admin,
+        admin: &Arc<Admin>,
         joining: Joining,
         standing: i32,
         lost: Arc<Lost>,
@@ -199,7 +199,7 @@ impl GroupMember {
             }
         };
         let desk = Arc::new(Desk::new(prefetch));
-        let membership = Membership { group: group.into(), mode, standing, lost };
+        let membership = Membership { group: group.into(), mode, standing, lost, admin: admin.clone() };
         let member = Join { source, membership, prefetch, desk: desk.clone() };
         let mut parts = member.source.parts().into_iter();
         let mut opened = Vec::new();

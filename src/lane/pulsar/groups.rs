@@ -64,7 +64,7 @@ impl Groups {
     pub async fn join(
         &self,
         source: Source,
-        admin: &Admin,
+        admin: &Arc<Admin>,
         joining: Joining,
         timeout: Duration,
     ) -> Result<Box<dyn Member>, LaneError> {

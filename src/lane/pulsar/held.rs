@@ -18,6 +18,8 @@ pub struct Held {
     pub acking: usize,
     /// In the list of the past.
     pub past: bool,
+    /// Nobody can have it, and it is not acknowledged.
+    pub unreadable: bool,
 }
 
 #[derive(Clone, Default)]
@@ -98,6 +100,11 @@ impl Held {
     pub fn came_back(&self, unacked: &[i64]) -> bool {
         let came = self.slots.iter().enumerate().filter(|(index, _)| is_unacked(unacked, *index));
         came.into_iter().any(|(_, slot)| slot.state == State::Done)
+    }
+
+    /// Whether the broker counts it as ours.
+    pub fn is_here(&self) -> bool {
+        self.unreadable || !self.is_idle()
     }
 
     pub fn is_idle(&self) -> bool {

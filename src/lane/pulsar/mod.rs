@@ -50,6 +50,7 @@ mod health;
 mod held;
 mod names;
 mod newer;
+mod passed_over;
 pub mod peer;
 mod producer;
 mod read;
@@ -81,7 +82,7 @@ pub struct PulsarLane {
     /// The connections for reading, and those for publishing.
     cluster: Arc<Cluster>,
     publishing: Arc<Cluster>,
-    admin: Admin,
+    admin: Arc<Admin>,
     producers: Arc<Producers>,
     canary: Arc<Canary>,
     topics: Arc<Topics>,
@@ -110,7 +111,7 @@ impl PulsarLane {
             Unusable("lanes.durable.url must be one or more pulsar:// or pulsar+ssl:// URLs".into())
         })?;
         let credentials = Credentials::read(settings).map_err(Unusable)?;
-        let admin = Admin::new(&settings.admin_url, credentials.clone()).map_err(Unusable)?;
+        let admin = Arc::new(Admin::new(&settings.admin_url, credentials.clone()).map_err(Unusable)?);
 
         let stop = CancellationToken::new();
         let (states, state) =

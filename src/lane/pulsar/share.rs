@@ -26,6 +26,7 @@ use tokio::sync::{Barrier, mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::admin::Admin;
 use super::cluster::Cluster;
 use super::consumer::Consumer;
 use super::fault::Fault;
@@ -33,6 +34,7 @@ use super::feed::{Backoff, Patience};
 use super::group::Desk;
 use super::held::{Held, Key, Lost, Slot, State, is_unacked, unacked_set};
 use super::names::Physical;
+use super::passed_over::Lookout;
 use super::record::{self, Record};
 use super::session::Delivery;
 use crate::lane::contract::{Handed, LaneError, Tag};
@@ -116,6 +118,7 @@ pub struct Membership {
     pub standing: i32,
     /// What the group's members on this bridge lost.
     pub lost: Arc<Lost>,
+    pub admin: Arc<Admin>,
 }
 
 impl Membership {
@@ -152,6 +155,7 @@ pub struct Share {
     gives_back: bool,
     desk: Arc<Desk>,
     lost: Arc<Lost>,
+    lookout: Lookout,
     inbox: mpsc::Receiver<Settle>,
     consumer: Option<Consumer>,
     /// Counts subscriptions, from 1.
@@ -197,6 +201,7 @@ impl Share {
             topic,
             tags: Tags { partition, seeks: 0 },
             subscribe: membership.subscribe(&physical, initial),
+            lookout: Lookout::new(membership.admin.clone(), physical.clone(), membership.group.clone()),
             physical,
             quota,
             gives_back: matches!(membership.mode, GroupMode::Shared | GroupMode::KeyShared),
@@ -277,6 +282,8 @@ impl Share {
         let lost = || Fault::Lost("the subscription ended".into());
         let consumer = self.consumer.as_mut().ok_or_else(lost)?;
         let next_due = self.due.first_key_value().map(|((at, _), _)| *at);
+        let entries = &self.entries;
+        let held = || entries.values().filter(|held| held.is_here()).count() as u64;
         let mut settling = Vec::new();
         tokio::select! {
             first = consumer.next_or_active() => {
@@ -309,6 +316,13 @@ impl Share {
             () = tokio::time::sleep_until(next_due.unwrap_or_else(Instant::now)), if next_due.is_some() => {
                 self.hand_out_what_is_due().await?;
             }
+            away = self.lookout.passed_over(held) => {
+                warn!(topic = %self.physical, group = %self.subscribe.subscription,
+                    "The broker passed over messages of a group; subscribing again.");
+                self.disconnect();
+                tokio::time::sleep(away).await;
+                return Ok(true);
+            }
         }
         self.give_back_permits().await?;
         Ok(true)
@@ -326,6 +340,9 @@ impl Share {
         }
         self.desk.opened(self.tags.partition, consumer.closing());
         self.consumer = Some(consumer);
+        if self.gives_back {
+            self.lookout.begin();
+        }
         if let Some(meeting) = self.meeting.take() {
             // Who does not come in time is not waited for.
             let _ = tokio::time::timeout(MEET, meeting.wait()).await;
@@ -338,6 +355,7 @@ impl Share {
     fn disconnect(&mut self) {
         self.closed = self.consumer.take().is_some_and(|consumer| consumer.was_closed());
         self.answers = FuturesUnordered::new();
+        self.lookout.end();
         for tag in self.desk.withdraw(self.tags.partition) {
             if let Some(slot) = self.slot(tag) {
                 slot.attempt = slot.attempt.saturating_sub(1);
@@ -395,8 +413,12 @@ impl Share {
             // An orderly move keeps every acknowledgement, so somebody else has sought the group.
             self.forget();
         }
-        let held =
-            self.entries.entry(key).or_insert_with(|| Held { slots: Vec::new(), acking: 0, past: false });
+        let held = self.entries.entry(key).or_insert_with(|| Held {
+            slots: Vec::new(),
+            acking: 0,
+            past: false,
+            unreadable: false,
+        });
         held.slots.resize(count, Slot::default());
         let sent = (0..count).filter(|index| is_unacked(&unacked, *index)).count() as u32;
         for (index, slot) in held.slots.iter_mut().enumerate() {
@@ -443,6 +465,9 @@ impl Share {
         // What is not handed out needs no permit.
         let kept = taken.iter().filter(|taken| **taken).count() as u32;
         self.freed += sent.saturating_sub(kept);
+        if let Some(held) = self.entries.get_mut(&key) {
+            held.unreadable = unreadable;
+        }
         if unreadable {
             // Nobody has had it, so it is not acknowledged; it comes again with the next subscription.
             self.retire(key);

@@ -568,6 +568,34 @@ pub async fn what_was_held_before_a_seek_is_nobodys_to_acknowledge(ground: Groun
     assert_eq!(sorted(&take(&*next, 40).await), (0..40).collect::<Vec<_>>());
 }
 
+/// A broker may still be fetching what the first of them held when the last one leaves and the next one comes.
+pub async fn whoever_joins_as_the_last_members_leave_is_given_everything(ground: Ground) {
+    const MESSAGES: usize = 20;
+    for (mode, round) in DELAYING.into_iter().flat_map(|mode| (0..12).map(move |round| (mode, round))) {
+        let topic = ground.topic();
+        let join = async || ground.join_as(&topic, mode, 100).await;
+        let leaving = vec![join().await, join().await];
+        ground.store_all(&topic, (0..MESSAGES).map(|n| keyed(n, n))).await;
+        given_everything(&leaving, MESSAGES).await;
+        drop(leaving);
+        let mut next = vec![join().await];
+        if round % 2 == 1 {
+            next.push(join().await);
+        }
+        given_everything(&next, MESSAGES).await;
+    }
+}
+
+async fn given_everything(members: &[Box<dyn Member>], count: usize) {
+    let (mut came, deadline) = (BTreeSet::new(), Instant::now() + SOON);
+    while came.len() < count {
+        assert!(Instant::now() < deadline, "only {came:?} came");
+        for member in members {
+            came.extend(sorted(&glean(&**member, Duration::from_millis(2)).await));
+        }
+    }
+}
+
 pub async fn a_deleted_group_is_gone_for_good(mut ground: Ground) {
     let topic = ground.topic();
     let delete = async |ground: &Ground| soon(ground.lane.delete_group(&ground.route, &topic, GROUP)).await;
@@ -729,6 +757,8 @@ macro_rules! group_promises {
             a_group_is_sought_to_any_start_without_members
             a_seek_survives_a_restart
             what_a_member_had_not_taken_before_a_seek_does_not_come
+            what_was_held_before_a_seek_is_nobodys_to_acknowledge
+            whoever_joins_as_the_last_members_leave_is_given_everything
             seeking_what_does_not_exist_is_a_bad_request
             a_deleted_group_is_gone_for_good
             a_report_says_how_a_group_stands

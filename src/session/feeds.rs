@@ -55,6 +55,29 @@ pub struct ByTopic {
     feeds: HashMap<Topic, Feed>,
     /// How many there ever were.
     count: u64,
+    /// Replays under way, and how far the feeds came that have ended meanwhile: nobody takes their place further back.
+    replays: usize,
+    ended: HashMap<Topic, Position>,
+}
+
+/// A replay is under way until this is dropped.
+struct Replaying(Arc<Shared>);
+
+impl Replaying {
+    fn begin(session: Arc<Shared>) -> Self {
+        session.feeds.lock().replays += 1;
+        Self(session)
+    }
+}
+
+impl Drop for Replaying {
+    fn drop(&mut self) {
+        let mut feeds = self.0.feeds.lock();
+        feeds.replays -= 1;
+        if feeds.replays == 0 {
+            feeds.ended.clear();
+        }
+    }
 }
 
 struct Feed {
@@ -156,7 +179,7 @@ impl ByTopic {
     /// Whether nothing has been brought or left out that the way has yet to come to.
     fn is_met_by(&self, way: &Follow) -> bool {
         let is_seen = |feed: &Position| way.reached().is_some_and(|at| feed.is_within(at));
-        self.reached(way.topic()).is_none_or(is_seen)
+        self.reached(way.topic()).is_none_or(is_seen) && self.ended.get(way.topic()).is_none_or(is_seen)
     }
 
     /// Where the feed of a topic is, if there is one and it has come anywhere.
@@ -166,10 +189,14 @@ impl ByTopic {
 
     /// Ends the feeds that only this subscription wanted.
     pub fn leave(&mut self, subscription: SubscriptionNo) {
-        self.feeds.retain(|_, feed| {
+        let Self { feeds, replays, ended, .. } = self;
+        feeds.retain(|topic, feed| {
             feed.members.remove(&subscription);
             if feed.members.is_empty() {
                 feed.stop.cancel();
+                if *replays > 0 {
+                    ended.extend(feed.reached.take().map(|reached| (topic.clone(), reached)));
+                }
             }
             !feed.members.is_empty()
         });
@@ -222,7 +249,13 @@ impl Run {
 }
 
 /// Brings a subscription its replay of one topic, and in its name all that comes until it meets the live feed.
-pub async fn replay(subscription: Arc<Subscription>, mut way: Follow) {
+pub fn replay(subscription: Arc<Subscription>, way: Follow) -> impl Future<Output = ()> + Send + 'static {
+    // From now on, and not only once it is polled.
+    let replaying = Replaying::begin(subscription.session.clone());
+    run_replay(subscription, way, replaying)
+}
+
+async fn run_replay(subscription: Arc<Subscription>, mut way: Follow, replaying: Replaying) {
     let session = subscription.session.clone();
     let meeting = async {
         let mut hold = None;
@@ -266,7 +299,7 @@ pub async fn replay(subscription: Arc<Subscription>, mut way: Follow) {
         }
     };
     let Some(Some(run)) = subscription.stop.run_until_cancelled(meeting).await else { return };
-    drop(subscription);
+    drop((subscription, replaying));
     run.run(session).await;
 }
 

@@ -14,6 +14,7 @@ use super::share::{Share, Todo};
 use super::topics::{TopicLog, lock};
 use crate::lane::contract::{GroupReport, Handed, LaneError, Tag};
 use crate::message::GroupMode;
+use crate::message::Place;
 
 pub struct Group {
     pub name: String,
@@ -182,14 +183,14 @@ impl Group {
     }
 
     /// Of these, the ones that a seat holds, and in which era.
-    pub fn held_by(&self, number: u64, seqs: Vec<u64>) -> (Era, Vec<u64>) {
+    pub fn held_by(&self, number: u64, tags: &[Tag]) -> (Era, Vec<u64>) {
         let state = lock(&self.state);
-        (state.era, state.share.held_by(number, seqs))
+        (state.era, state.share.held_by(number, state.era.seqs(tags)))
     }
 
     /// Those that this seat holds come again after the delay.
-    pub fn reject(&self, number: u64, seqs: &[u64], delay: Duration) {
-        self.change(|state| state.share.reject(number, seqs, delay));
+    pub fn reject(&self, number: u64, tags: &[Tag], delay: Duration) {
+        self.change(|state| state.share.reject(number, &state.era.seqs(tags), delay));
     }
 
     pub async fn changed(&self) {
@@ -218,7 +219,7 @@ impl Group {
             let seq = *seqs.start();
             match found {
                 Ok(envelope) => {
-                    let tag = Tag { partition: 0, place: self.topic.place(seq) };
+                    let tag = era.tag(self.topic.place(seq));
                     state.share.offer(seq, Handed { envelope, attempt: 0, tag });
                 }
                 Err(error) => {
@@ -251,6 +252,19 @@ impl Group {
             state.ended.insert(number, error.clone());
             arrived.notify_waiters();
         }
+    }
+}
+
+impl Era {
+    /// The log has no partitions, so the tag says there in which era something was handed out: whoever acknowledges late
+    /// what was handed out before a seek does not acknowledge what came after it.
+    fn tag(self, place: Place) -> Tag {
+        Tag { partition: self.0 as u32, place }
+    }
+
+    /// Of these, what was handed out in this era.
+    fn seqs(self, tags: &[Tag]) -> Vec<u64> {
+        tags.iter().filter(|tag| **tag == self.tag(tag.place)).map(|tag| tag.place.entry).collect()
     }
 }
 

@@ -43,10 +43,9 @@ impl LogMember {
         Ok(Self { log, line, group, seat, arrived })
     }
 
-    fn seqs(&self, tags: &[Tag]) -> Result<Vec<u64>, LaneError> {
-        let ours = |tag: &Tag| tag.partition == 0 && tag.place.ledger == self.log.store.epoch();
-        match tags.iter().find(|tag| !ours(tag)) {
-            None => Ok(tags.iter().map(|tag| tag.place.entry).collect()),
+    fn check(&self, tags: &[Tag]) -> Result<(), LaneError> {
+        match tags.iter().find(|tag| tag.place.ledger != self.log.store.epoch()) {
+            None => Ok(()),
             Some(tag) => {
                 Err(LaneError::BadRequest(format!("{} is not a delivery of this group's log", tag.place)))
             }
@@ -77,7 +76,8 @@ impl Member for LogMember {
 
     async fn ack(&self, tags: Vec<Tag>) -> Result<(), LaneError> {
         // What is not this member's any more, because of a seek, may be another's by now.
-        let (era, seqs) = self.group.held_by(self.seat, self.seqs(&tags)?);
+        self.check(&tags)?;
+        let (era, seqs) = self.group.held_by(self.seat, &tags);
         if seqs.is_empty() {
             return Ok(());
         }
@@ -88,7 +88,8 @@ impl Member for LogMember {
     }
 
     async fn nack(&self, tags: Vec<Tag>, delay: Duration) -> Result<(), LaneError> {
-        self.group.reject(self.seat, &self.seqs(&tags)?, delay);
+        self.check(&tags)?;
+        self.group.reject(self.seat, &tags, delay);
         Ok(())
     }
 }

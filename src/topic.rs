@@ -78,11 +78,11 @@ impl Pattern {
 
     /// The same for a name that came from a broker and need not be a topic of ours.
     pub fn matches_name(&self, name: &str) -> bool {
-        let mut theirs = name.split('.');
-        for ours in self.tokens() {
+        let mut theirs = byte_tokens(name);
+        for ours in byte_tokens(&self.0) {
             match (ours, theirs.next()) {
-                (">", Some(_)) => return true,
-                ("*", Some(_)) => {}
+                (b">", Some(_)) => return true,
+                (b"*", Some(_)) => {}
                 (token, Some(other)) if token == other => {}
                 _ => return false,
             }
@@ -139,36 +139,41 @@ fn check(name: &str, wildcards: bool) -> Result<(), TopicError> {
     if name.len() > NAME_BYTES_MAX {
         return Err(TopicError::TooLong(name.len()));
     }
-    let tokens = name.split('.').count();
+    let tokens = byte_tokens(name).count();
     if tokens > TOKENS_MAX {
         return Err(TopicError::TooManyTokens(tokens));
     }
     if name.starts_with(['$', '_']) {
         return Err(TopicError::Reserved(name.into()));
     }
-    for (at, token) in name.split('.').enumerate() {
+    for (at, token) in byte_tokens(name).enumerate() {
         match token {
-            "" => return Err(TopicError::EmptyToken(name.into())),
-            "*" | ">" if !wildcards => return Err(TopicError::Wildcard(name.into())),
-            ">" if at + 1 < tokens => return Err(TopicError::NotLast(name.into())),
-            "*" | ">" => {}
+            b"" => return Err(TopicError::EmptyToken(name.into())),
+            b"*" | b">" if !wildcards => return Err(TopicError::Wildcard(name.into())),
+            b">" if at + 1 < tokens => return Err(TopicError::NotLast(name.into())),
+            b"*" | b">" => {}
+            _ if token.iter().all(|byte| is_token_character(char::from(*byte))) => {}
             _ => {
-                if let Some(bad) = token.chars().find(|c| !is_token_character(*c)) {
-                    return Err(TopicError::Character(name.into(), bad));
-                }
+                let mut characters = name.split('.').skip(at).flat_map(str::chars);
+                let bad = characters.find(|c| !is_token_character(*c)).unwrap_or_default();
+                return Err(TopicError::Character(name.into(), bad));
             }
         }
     }
-    match name.rsplit_once("-partition-") {
-        Some((_, digits)) if !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) => {
-            Err(TopicError::Partition(name.into()))
-        }
-        _ => Ok(()),
+    let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
+    match stem.len() < name.len() && stem.ends_with("-partition-") {
+        true => Err(TopicError::Partition(name.into())),
+        false => Ok(()),
     }
 }
 
+/// Every publish comes by here several times, and bytes are split faster than text.
+fn byte_tokens(name: &str) -> impl Iterator<Item = &[u8]> {
+    name.as_bytes().split(|byte| *byte == b'.')
+}
+
 fn is_token_character(c: char) -> bool {
-    c.is_ascii_alphanumeric() || "_-:=~@+%".contains(c)
+    matches!(c, 'A'..='Z' | 'a'..='z' | '0'..='9' | '_' | '-' | ':' | '=' | '~' | '@' | '+' | '%')
 }
 
 impl From<Topic> for Pattern {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use super::deliveries::Settlement;
+use super::deliveries::{Claimed, Settlement};
 use super::feeds::{ByTopic, Run, discover, find, replay, take_part};
 use super::outbox::Item;
 use super::reader::Reader;
@@ -24,6 +24,16 @@ use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{Accepted, Ack, Command, Event, Group, Info, LAST_N_MAX, Subscribe};
 
 type RequestId = Option<Arc<str>>;
+
+/// What one turn of the reader acknowledges: each member is told once.
+#[derive(Default)]
+pub struct Acknowledged(Vec<Acking>);
+
+struct Acking {
+    membership: u64,
+    claimed: Claimed,
+    asked: Vec<RequestId>,
+}
 
 /// How many durable topics of one pattern are opened at the same time.
 const OPENINGS_MAX: usize = 16;
@@ -65,11 +75,12 @@ impl Reader {
                 self.while_answering(async move { bridge.reply(&to, draft).await }).await
             }
             Command::Ack { deliveries } => {
-                self.settle(request_id, deliveries, Settlement::Ack);
+                self.ack(request_id, &deliveries);
                 Ok(())
             }
             Command::Nack { deliveries, delay } => {
-                self.settle(request_id, deliveries, Settlement::Nack(delay));
+                let claimed = self.session.deliveries.claim(&deliveries);
+                self.settle(vec![request_id], claimed, Settlement::Nack(delay));
                 Ok(())
             }
             Command::Seek { pattern, group, start } => {
@@ -209,16 +220,51 @@ impl Reader {
         fits(draft, self.settings.max_message)
     }
 
-    fn settle(&mut self, request_id: RequestId, numbers: Vec<u64>, settlement: Settlement) {
+    /// Acknowledges at the end of this turn, with what else it acknowledges to the same member.
+    fn ack(&mut self, request_id: RequestId, numbers: &[u64]) {
+        let mut claimed = self.session.deliveries.claim(numbers);
+        let Some(membership) = claimed.only_membership() else {
+            return self.settle(vec![request_id], claimed, Settlement::Ack);
+        };
+        match self.acknowledged.0.iter_mut().find(|acking| acking.membership == membership) {
+            Some(acking) => {
+                acking.claimed.found.append(&mut claimed.found);
+                acking.asked.push(request_id);
+            }
+            None => self.acknowledged.0.push(Acking { membership, claimed, asked: vec![request_id] }),
+        }
+    }
+
+    /// Sends what this turn has acknowledged.
+    pub(super) fn acknowledge(&mut self) {
+        for Acking { claimed, asked, .. } in std::mem::take(&mut self.acknowledged.0) {
+            self.settle(asked, claimed, Settlement::Ack);
+        }
+    }
+
+    /// Settles what was claimed and answers those that asked for it. A client that says goodbye meanwhile is settled
+    /// with all the same: it has decided.
+    fn settle(&mut self, asked: Vec<RequestId>, claimed: Claimed, settlement: Settlement) {
+        let session = self.session.clone();
+        let settling = tokio::spawn(async move {
+            let settled = session.deliveries.settle(claimed, settlement).await;
+            for request_id in asked {
+                match &settled {
+                    Ok(()) if request_id.is_none() => {}
+                    Ok(()) => {
+                        let ack = Ack { request_id, ts: Timestamp::now(), ..Ack::default() };
+                        session.outbox.push(Event::Ack(ack.into()));
+                    }
+                    Err(fault) => session.outbox.push(Event::Error { request_id, fault: fault.clone() }),
+                }
+            }
+        });
         let session = self.session.clone();
         self.pending.push(Box::pin(async move {
-            match session.deliveries.settle(&numbers, settlement).await {
-                Ok(()) if request_id.is_none() => None,
-                Ok(()) => {
-                    Some(Event::Ack(Ack { request_id, ts: Timestamp::now(), ..Ack::default() }.into()).into())
-                }
-                Err(fault) => Some(Event::Error { request_id, fault }.into()),
+            if settling.await.is_err() {
+                session.panicked();
             }
+            None
         }));
     }
 

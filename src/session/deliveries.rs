@@ -45,11 +45,27 @@ pub struct Membership {
 }
 
 #[derive(Clone)]
-struct Held {
+pub struct Held {
     membership: Membership,
     tag: Tag,
     attempt: u32,
     due: Option<Instant>,
+}
+
+/// What a client has decided about, until it is settled.
+pub struct Claimed {
+    pub found: Vec<(u64, Held)>,
+    /// What this connection does not hold.
+    unknown: Vec<u64>,
+}
+
+impl Claimed {
+    /// The membership of all of it, where there is one.
+    pub fn only_membership(&self) -> Option<u64> {
+        let (_, first) = self.found.first().filter(|_| self.unknown.is_empty())?;
+        let number = first.membership.number;
+        self.found.iter().all(|(_, held)| held.membership.number == number).then_some(number)
+    }
 }
 
 /// What one member held too long, each with its attempt.
@@ -135,24 +151,27 @@ impl Deliveries {
         taken.into_values().collect()
     }
 
-    /// Returns once the lane has recorded it. What this connection does not hold is an error; the rest is settled all
-    /// the same. Where the lane fails, the deliveries are held as before.
-    pub async fn settle(&self, numbers: &[u64], settlement: Settlement) -> Result<(), Fault> {
-        let (mut found, mut unknown) = (Vec::new(), Vec::new());
-        {
-            let mut numbered = self.lock();
-            for number in numbers {
-                match numbered.remove(*number) {
-                    Some(held) => found.push((*number, held)),
-                    None => unknown.push(*number),
-                }
+    /// Takes deliveries that the client has decided about out of its hands.
+    pub fn claim(&self, numbers: &[u64]) -> Claimed {
+        let mut claimed = Claimed { found: Vec::with_capacity(numbers.len()), unknown: Vec::new() };
+        let mut numbered = self.lock();
+        for &number in numbers {
+            match numbered.remove(number) {
+                Some(held) => claimed.found.push((number, held)),
+                None => claimed.unknown.push(number),
             }
         }
+        claimed
+    }
+
+    /// Returns once the lane has recorded it. What this connection does not hold is an error; the rest is settled all
+    /// the same. Where the lane fails, the deliveries are held as before.
+    pub async fn settle(&self, claimed: Claimed, settlement: Settlement) -> Result<(), Fault> {
+        let Claimed { mut found, unknown } = claimed;
         let mut failed = None;
         while let Some(membership) = found.first().map(|(_, held)| held.membership.clone()) {
-            let (same, rest): (Vec<_>, Vec<_>) =
-                found.into_iter().partition(|(_, held)| held.membership.number == membership.number);
-            found = rest;
+            let same: Vec<_> =
+                found.extract_if(.., |(_, held)| held.membership.number == membership.number).collect();
             let member = membership.member;
             let settled = match settlement {
                 Settlement::Ack => member.ack(same.iter().map(|(_, held)| held.tag).collect()).await,

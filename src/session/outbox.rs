@@ -97,26 +97,34 @@ impl Outbox {
     /// Takes a durable event; waits while half of the outbox is occupied, so that the other half is left to what
     /// cannot wait.
     pub async fn push_durable(&self, item: Item) {
-        let bytes = weight(&item.event);
+        let Err(mut item) = self.try_push_durable(item) else { return };
         loop {
             let taken = self.taken.notified();
             tokio::pin!(taken);
             taken.as_mut().enable();
-            {
-                let mut queue = self.lock();
-                if queue.closing.is_some() {
-                    return;
-                }
-                let fits =
-                    queue.len() < (self.messages_max / 2).max(1) && queue.bytes + bytes <= self.bytes_max / 2;
-                if fits || queue.len() == 0 {
-                    let was_idle = queue.is_idle();
-                    queue.append(Slot::Item { item, subscription: None });
-                    return self.wake(queue, was_idle);
-                }
+            match self.try_push_durable(item) {
+                Ok(()) => return,
+                Err(back) => item = back,
             }
             taken.await;
         }
+    }
+
+    /// Hands the item back where it has to wait.
+    fn try_push_durable(&self, item: Item) -> Result<(), Item> {
+        let bytes = weight(&item.event);
+        let mut queue = self.lock();
+        if queue.closing.is_some() {
+            return Ok(());
+        }
+        let fits = queue.len() < (self.messages_max / 2).max(1) && queue.bytes + bytes <= self.bytes_max / 2;
+        if !fits && queue.len() > 0 {
+            return Err(item);
+        }
+        let was_idle = queue.is_idle();
+        queue.append(Slot::Item { item, subscription: None });
+        self.wake(queue, was_idle);
+        Ok(())
     }
 
     /// Takes an ephemeral event at once. Where there is no room the oldest goes: of this route, where the route has

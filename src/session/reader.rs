@@ -1,20 +1,22 @@
 //! The reader: takes one frame after the other, and sees to it that each is answered.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::extract::ws::{Message, WebSocket};
 use bytes::Bytes;
-use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, SplitStream};
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_tungstenite::tungstenite;
 use tracing::error;
 
+use super::commands::Acknowledged;
 use super::outbox::Item;
 use super::settings::SessionSettings;
 use super::shared::Shared;
@@ -23,10 +25,13 @@ use crate::bridge::Notice;
 use crate::message::Timestamp;
 use crate::topic::Pattern;
 use crate::wire::code::{Close, Code};
-use crate::wire::verbs::{Asked, Codec, Event, Info};
+use crate::wire::verbs::{Asked, Codec, Command, Event, Info};
 
 /// How long the goodbye of a peer may take.
 const CLOSING: Duration = Duration::from_secs(1);
+
+/// Frames that are taken in one turn, if so many are there: what they acknowledge is acknowledged together.
+const TURN: usize = 128;
 
 /// What becomes of a command later: the frame that answers it, where there is one.
 pub type Pending = FuturesUnordered<BoxFuture<'static, Option<Item>>>;
@@ -51,6 +56,9 @@ impl Drop for UnderWay {
     }
 }
 
+/// What the stream brings.
+type Heard = Option<Result<Message, axum::Error>>;
+
 pub struct Reader {
     pub session: Arc<Shared>,
     codec: Arc<dyn Codec>,
@@ -58,6 +66,8 @@ pub struct Reader {
     stream: SplitStream<WebSocket>,
     pub subscriptions: HashMap<(Pattern, Option<String>), Arc<Subscription>>,
     pub pending: Pending,
+    /// What this turn has acknowledged so far.
+    pub acknowledged: Acknowledged,
     pub listed: Listed,
     draining: bool,
 }
@@ -69,9 +79,17 @@ impl Reader {
         settings: Arc<SessionSettings>,
         stream: SplitStream<WebSocket>,
     ) -> Self {
-        let (subscriptions, pending) = (HashMap::new(), Pending::new());
-        let listed = Listed::default();
-        Self { session, codec, settings, stream, subscriptions, pending, listed, draining: false }
+        Self {
+            session,
+            codec,
+            settings,
+            stream,
+            subscriptions: HashMap::new(),
+            pending: Pending::new(),
+            acknowledged: Acknowledged::default(),
+            listed: Listed::default(),
+            draining: false,
+        }
     }
 
     /// Reads until the connection is to be closed: with what, or `None` where the peer closed it.
@@ -85,8 +103,7 @@ impl Reader {
             if self.draining && self.pending.is_empty() {
                 return Some(Close::GoingAway);
             }
-            let under_way = self.pending.len() + self.listed.0.load(Ordering::Relaxed);
-            let has_room = under_way < self.settings.max_inflight && !self.draining;
+            let has_room = self.has_room();
             let next = async {
                 // A client that does not read is not read from.
                 session.outbox.fewer_than(self.settings.unread_max()).await;
@@ -95,8 +112,11 @@ impl Reader {
             tokio::select! {
                 biased;
                 Some(answer) = self.pending.next(), if !self.pending.is_empty() => {
-                    if let Some(item) = answer {
-                        session.outbox.push(item);
+                    // What one receipt of the broker confirms is answered in one go.
+                    let mut answers = Some(answer);
+                    while let Some(answer) = answers {
+                        answer.into_iter().for_each(|item| session.outbox.push(item));
+                        answers = self.pending.next().now_or_never().flatten();
                     }
                 }
                 notice = notices.recv() => {
@@ -120,25 +140,56 @@ impl Reader {
                 }
                 frame = next, if has_room => {
                     heard = Instant::now();
-                    match frame {
-                        Some(Ok(Message::Text(text))) => self.frame(text.into()).await,
-                        Some(Ok(Message::Binary(_))) => return Some(Close::Binary),
-                        Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
-                        Some(Ok(Message::Close(_))) => {
-                            // Reading on sends the answer to the close.
-                            let _ = timeout(CLOSING, self.stream.next()).await;
-                            return None;
-                        }
-                        None => return None,
-                        Some(Err(error)) => return broken(error),
+                    let turn = self.turn(frame).await;
+                    self.acknowledge();
+                    if let ControlFlow::Break(close) = turn {
+                        return close;
                     }
                 }
             }
         }
     }
 
+    /// Whether one more command may be under way.
+    fn has_room(&self) -> bool {
+        let under_way = self.pending.len() + self.listed.0.load(Ordering::Relaxed);
+        under_way < self.settings.max_inflight && !self.draining
+    }
+
+    /// Takes the frame that came, and those that have come behind it.
+    async fn turn(&mut self, first: Heard) -> ControlFlow<Option<Close>> {
+        let mut frame = first;
+        for more in (0..TURN).rev() {
+            match frame {
+                Some(Ok(Message::Text(text))) => self.frame(text.into()).await,
+                Some(Ok(Message::Binary(_))) => return ControlFlow::Break(Some(Close::Binary)),
+                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                Some(Ok(Message::Close(_))) => {
+                    // Reading on sends the answer to the close.
+                    let _ = timeout(CLOSING, self.stream.next()).await;
+                    return ControlFlow::Break(None);
+                }
+                None => return ControlFlow::Break(None),
+                Some(Err(error)) => return ControlFlow::Break(broken(error)),
+            }
+            // What is not taken here stays in the stream for the next turn.
+            if more == 0 || !self.has_room() || self.session.outbox.len() >= self.settings.unread_max() {
+                break;
+            }
+            match self.stream.next().now_or_never() {
+                Some(next) => frame = next,
+                None => break,
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
     async fn frame(&mut self, frame: Bytes) {
         let Asked { request_id, command } = self.codec.decode(&frame);
+        if !matches!(command, Ok(Command::Ack { .. })) {
+            // Anything else may have to wait, or be about the same deliveries.
+            self.acknowledge();
+        }
         let done = match command {
             Ok(command) => self.command(request_id.clone(), command).await,
             Err(fault) => Err(fault),

@@ -86,10 +86,11 @@ impl Shared {
     }
 
     /// What the group members of a client with automatic acknowledgement were sent.
-    pub fn settle_written(self: &Arc<Self>, numbers: Vec<u64>) {
+    pub fn settle_written(self: &Arc<Self>, numbers: &[u64]) {
         let session = self.clone();
+        let claimed = self.deliveries.claim(numbers);
         self.spawn(async move {
-            if let Err(fault) = session.deliveries.settle(&numbers, Settlement::Ack).await {
+            if let Err(fault) = session.deliveries.settle(claimed, Settlement::Ack).await {
                 debug!(connection = session.id, %fault, "What was written could not be acknowledged; it comes again.");
             }
         });

@@ -167,7 +167,7 @@ fn told(session: &Arc<Shared>, items: Vec<Item>) {
     }
     run.count(session);
     if !settle.is_empty() {
-        session.settle_written(settle);
+        session.settle_written(&settle);
     }
 }
 

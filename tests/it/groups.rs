@@ -35,6 +35,8 @@ on_both_kinds! {
     what_nobody_acknowledges_is_a_dead_letter_once_and_says_where_it_comes_from,
     a_dead_letter_is_there_after_the_bridge_was_stopped,
     what_a_leaving_client_held_comes_at_once_and_not_after_the_backoff,
+    what_was_acknowledged_before_a_goodbye_does_not_come_again,
+    each_ack_is_answered_for_itself_whatever_came_with_it,
     with_automatic_acknowledgement_what_was_written_never_comes_again,
     the_backlog_of_a_group_is_told_by_its_topic_and_as_a_metric_until_it_leaves,
 }
@@ -233,6 +235,87 @@ async fn what_a_leaving_client_held_comes_at_once_and_not_after_the_backoff(span
     for _ in 0..3 {
         let given_back = event(&mut staying).await;
         staying.ack(&[given_back.delivery.unwrap()]).await.unwrap();
+    }
+}
+
+async fn what_was_acknowledged_before_a_goodbye_does_not_come_again(span: Span) {
+    let mut leaving = span.client().await;
+    leaving.subscribe("jobs.goodbye", json!({"group": "g", "prefetch": 20})).await.unwrap();
+    let messages: Vec<_> = (0..20).map(|n| json!({ "payload": n })).collect();
+    leaving
+        .send(
+            json!({"type": "publish", "topic": "jobs.goodbye", "confirm": false, "messages": messages})
+                .to_string(),
+        )
+        .await
+        .unwrap();
+    let mut deliveries = Vec::new();
+    for _ in 0..20 {
+        deliveries.push(event(&mut leaving).await.delivery.unwrap());
+    }
+    for delivery in &deliveries[..15] {
+        leaving.send(json!({"type": "ack", "delivery": delivery}).to_string()).await.unwrap();
+    }
+    // Nobody waits for an answer: the goodbye stands right behind the last ack.
+    drop(leaving);
+    let mut next = span.client().await;
+    next.subscribe("jobs.goodbye", json!({"group": "g"})).await.unwrap();
+    let mut left = BTreeSet::new();
+    for _ in 0..5 {
+        let given_back = event(&mut next).await;
+        left.insert(String::from_utf8(given_back.payload().unwrap()).unwrap().parse::<u32>().unwrap());
+        next.ack(&[given_back.delivery.unwrap()]).await.unwrap();
+    }
+    assert_eq!(left, (15..20).collect());
+    silent(&mut next).await;
+}
+
+/// What one turn of the bridge acknowledges goes to the lane together; the client sees nothing of that.
+async fn each_ack_is_answered_for_itself_whatever_came_with_it(span: Span) {
+    let mut client = span.client().await;
+    for topic in ["jobs.each", "jobs.other"] {
+        client.subscribe(topic, json!({"group": "g"})).await.unwrap();
+    }
+    let mut held = Vec::new();
+    for topic in ["jobs.each", "jobs.each", "jobs.each", "jobs.each", "jobs.other"] {
+        client.publish(topic, &draft("1")).await.unwrap();
+        held.push(event(&mut client).await.delivery.unwrap());
+    }
+    let nobodys = held.iter().max().unwrap() + 100;
+    for frame in [
+        json!({"type": "ack", "request_id": "first", "delivery": held[0]}),
+        json!({"type": "ack", "request_id": "nobodys", "delivery": nobodys}),
+        json!({"type": "ack", "delivery": held[1]}),
+        json!({"type": "ack", "request_id": "both topics", "deliveries": [held[2], held[4]]}),
+        json!({"type": "nack", "request_id": "given back", "delivery": held[3]}),
+        json!({"type": "ack", "request_id": "after it was given back", "delivery": held[3]}),
+        json!({"type": "ack", "request_id": "twice", "deliveries": [held[0], held[1]]}),
+    ] {
+        client.send(frame.to_string()).await.unwrap();
+    }
+    let (mut answers, mut again) = (BTreeMap::new(), None);
+    while answers.len() < 6 || again.is_none() {
+        let heard = next(&mut client).await;
+        match heard.request_id {
+            Some(id) => drop(answers.insert(id, heard.error.map(|error| error.code))),
+            None => again = Some(heard),
+        }
+    }
+    let unknown = || Some("UNKNOWN_DELIVERY".to_owned());
+    let expected = [
+        ("first", None),
+        ("nobodys", unknown()),
+        ("both topics", None),
+        ("given back", None),
+        ("after it was given back", unknown()),
+        ("twice", unknown()),
+    ];
+    assert_eq!(answers, expected.map(|(id, code)| (id.to_owned(), code)).into());
+    let again = again.unwrap();
+    assert_eq!((again.kind.as_str(), again.attempt), ("event", Some(2)), "{again:?}");
+    client.ack(&[again.delivery.unwrap()]).await.unwrap();
+    for topic in ["jobs.each", "jobs.other"] {
+        eventually("nothing is left", async || backlog(&span, topic).await == 0).await;
     }
 }
 

@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, timeout_at};
@@ -99,13 +98,17 @@ impl Producers {
             return Err(LaneError::TooLarge { size, max });
         }
         let now = Instant::now();
+        // What a message seldom needs is on the heap: else every message would carry the room for it.
         let (producer, partition) = match self.known(route, topic, now) {
             Some(producer) => (producer, None),
-            None => self.find(route, topic, &message, publisher, now).await?,
+            None => Box::pin(self.find(route, topic, &message, publisher, now)).await?,
         };
         let partition = partition.map(|partition| (partition, message.ts));
-        let deadline = now + self.common.timeout;
-        let stored = self.queue(producer, message, size, deadline).await?;
+        let (done, stored) = oneshot::channel();
+        let ticket = Ticket { done, deadline: now + self.common.timeout, bytes: size as u32 };
+        if let Some((message, ticket)) = self.try_put(&producer, message, ticket) {
+            Box::pin(self.wait_to_put(producer, message, ticket)).await?;
+        }
         Ok(Receipt { stored, partition })
     }
 
@@ -156,7 +159,8 @@ impl Producers {
         let deadline = Instant::now() + within;
         let probing = async {
             let producer = self.line(physical, true).await;
-            let stored = self.put(producer, message, 0, deadline).await;
+            let (done, stored) = oneshot::channel();
+            self.put(producer, message, Ticket { done, deadline, bytes: 0 }).await;
             stored.await.unwrap_or_else(|_| Err(LaneError::Unavailable("the producer was closed".into())))
         };
         timeout_at(deadline, probing).await.unwrap_or_else(|_| {
@@ -167,60 +171,60 @@ impl Producers {
         })
     }
 
-    async fn queue(
+    async fn wait_to_put(
         &self,
         producer: Arc<Producer>,
         message: Message,
-        size: usize,
-        deadline: Instant,
-    ) -> Result<oneshot::Receiver<Stored>, LaneError> {
+        ticket: Ticket,
+    ) -> Result<(), LaneError> {
         let mut state = self.state.clone();
-        let queueing = self.put(producer, message, size, deadline);
-        tokio::pin!(queueing);
-        if let Some(stored) = (&mut queueing).now_or_never() {
-            return Ok(stored);
-        }
+        let deadline = ticket.deadline;
         tokio::select! {
             biased;
-            queued = timeout_at(deadline, &mut queueing) => queued.map_err(|_| {
+            put = timeout_at(deadline, self.put(producer, message, ticket)) => put.map_err(|_| {
                 LaneError::Unavailable("the line of messages without a receipt stayed full".into())
             }),
             down = down(&mut state) => Err(down),
         }
     }
 
-    async fn put(
-        &self,
-        mut producer: Arc<Producer>,
-        mut message: Message,
-        size: usize,
-        deadline: Instant,
-    ) -> oneshot::Receiver<Stored> {
-        let bytes = size as u32;
-        let (done, receipt) = oneshot::channel();
-        let mut ticket = Ticket { done, deadline, bytes };
-        loop {
-            {
-                let line = match producer.room.try_take(bytes) {
-                    Some(taken) => taken,
-                    None => producer.room.take(bytes).await,
-                };
-                let all = match self.common.room.try_take(bytes) {
-                    Some(taken) => taken,
-                    None => self.common.room.take(bytes).await,
-                };
-                match producer.push(message, ticket) {
-                    None => {
-                        line.keep();
-                        all.keep();
-                        return receipt;
+    /// Waits for room.
+    async fn put(&self, mut producer: Arc<Producer>, mut message: Message, mut ticket: Ticket) {
+        while let Some(back) = self.try_put(&producer, message, ticket) {
+            (message, ticket) = back;
+            match producer.is_closed() {
+                // It was closed for want of use just now; another is made for the message.
+                true => producer = self.line(&producer.physical, producer.is_canary).await,
+                false => {
+                    let line = producer.room.take(ticket.bytes).await;
+                    let all = self.common.room.take(ticket.bytes).await;
+                    match producer.push(message, ticket) {
+                        None => {
+                            line.keep();
+                            return all.keep();
+                        }
+                        Some(back) => (message, ticket) = back,
                     }
-                    Some(back) => (message, ticket) = back,
                 }
             }
-            // It was closed for want of use just now; another is made for the message.
-            producer = self.line(&producer.physical, producer.is_canary).await;
         }
+    }
+
+    /// Hands the message back where there is no room for it, or the producer is closed.
+    fn try_put(
+        &self,
+        producer: &Arc<Producer>,
+        message: Message,
+        ticket: Ticket,
+    ) -> Option<(Message, Ticket)> {
+        let (line, all) = (producer.room.try_take(ticket.bytes), self.common.room.try_take(ticket.bytes));
+        let (Some(line), Some(all)) = (line, all) else { return Some((message, ticket)) };
+        let back = producer.push(message, ticket);
+        if back.is_none() {
+            line.keep();
+            all.keep();
+        }
+        back
     }
 
     /// A topic's producer, made where there is none. Where there are too many one without work makes place.

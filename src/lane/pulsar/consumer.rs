@@ -68,7 +68,7 @@ impl Consumer {
 
     pub async fn permit(&self, messages: u32) -> Result<(), Fault> {
         let flow = CommandFlow { consumer_id: self.id, message_permits: messages };
-        self.session.send(BaseCommand { flow: Some(flow), ..command(Type::Flow) }).await
+        self.session.send(&BaseCommand { flow: Some(flow), ..command(Type::Flow) }).await
     }
 
     /// Acknowledges and waits until the broker has recorded it. Borrows nothing, so that many can be under way.
@@ -108,7 +108,7 @@ impl Consumer {
             redeliver_unacknowledged_messages: Some(redeliver),
             ..command(Type::RedeliverUnacknowledgedMessages)
         };
-        self.session.send(redeliver).await
+        self.session.send(&redeliver).await
     }
 
     /// The id of the newest message of the topic; `None` where it holds none.

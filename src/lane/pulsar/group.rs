@@ -355,16 +355,14 @@ impl Join {
 
 impl GroupMember {
     /// Each partition's tags, with its share. A tag of no share of ours is of no delivery of ours.
-    fn by_share(&self, tags: Vec<Tag>) -> Vec<(mpsc::Sender<Settle>, Vec<Tag>)> {
-        let mut parts: BTreeMap<u32, Vec<Tag>> = BTreeMap::new();
-        for tag in tags {
-            parts.entry(partition_of(&tag)).or_default().push(tag);
-        }
+    fn by_share(&self, mut tags: Vec<Tag>) -> Vec<(mpsc::Sender<Settle>, Vec<Tag>)> {
+        let mut parts = Vec::new();
         let shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(partition) = tags.first().map(partition_of) {
+            let same = tags.extract_if(.., |tag| partition_of(tag) == partition).collect();
+            parts.extend(shares.get(&partition).map(|share| (share.clone(), same)));
+        }
         parts
-            .into_iter()
-            .filter_map(|(number, tags)| shares.get(&number).map(|share| (share.clone(), tags)))
-            .collect()
     }
 }
 
@@ -385,17 +383,20 @@ impl Member for GroupMember {
     async fn ack(&self, tags: Vec<Tag>) -> Result<(), LaneError> {
         self.desk.settle(&tags);
         let count = tags.len();
-        let acked = self.by_share(tags).into_iter().map(|(share, tags)| async move {
-            let (done, recorded) = oneshot::channel();
-            if share.send(Settle::Ack { tags, done }).await.is_err() {
-                return Err(unconfirmed(count));
+        let acked = async {
+            let mut answers = Vec::new();
+            for (share, tags) in self.by_share(tags) {
+                let (done, recorded) = oneshot::channel();
+                share.send(Settle::Ack { tags, done }).await.ok()?;
+                answers.push(recorded);
             }
-            recorded.await.map_err(|_| unconfirmed(count))
-        });
-        match tokio::time::timeout(self.timeout, try_join_all(acked)).await {
-            Ok(recorded) => recorded.map(drop),
-            Err(_) => Err(unconfirmed(count)),
-        }
+            for recorded in answers {
+                recorded.await.ok()?;
+            }
+            Some(())
+        };
+        let recorded = tokio::time::timeout(self.timeout, acked).await;
+        recorded.ok().flatten().ok_or_else(|| unconfirmed(count))
     }
 
     async fn nack(&self, tags: Vec<Tag>, delay: Duration) -> Result<(), LaneError> {

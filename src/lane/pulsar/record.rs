@@ -11,7 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::{Buf, BufMut, Bytes};
 use prost::Message as _;
 use prost::encoding::{encode_varint, encoded_len_varint};
-use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata, SingleMessageMetadata};
+use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata};
 
 use super::frame::{Broken, Entry};
 use crate::lane::contract::LaneError;
@@ -149,7 +149,7 @@ fn event_time(message: &Message) -> Option<u64> {
     message.event_time.and_then(|time| u64::try_from(time.as_millis()).ok())
 }
 
-/// The text of the time that was written last: most messages share it with the one before.
+/// A time and its text, the last that were written or read: most messages share them with the one before.
 #[derive(Default)]
 pub struct Stamp {
     at: Timestamp,
@@ -162,6 +162,14 @@ impl Stamp {
             (self.at, self.text) = (ts, ts.to_string());
         }
         &self.text
+    }
+
+    /// `None` where the text is no time.
+    fn time(&mut self, text: &str) -> Option<Timestamp> {
+        if self.text != text || text.is_empty() {
+            (self.at, self.text) = (text.parse().ok()?, text.to_owned());
+        }
+        Some(self.at)
     }
 }
 
@@ -202,13 +210,42 @@ pub fn unpack(
 }
 
 /// One message of an entry, in the producer's words.
+#[derive(Default)]
 struct Single {
-    properties: Vec<KeyValue>,
+    id: Option<MessageId>,
+    ts: Option<Timestamp>,
+    headers: Headers,
     key: Option<String>,
     key_is_base64: bool,
     event_time: Option<u64>,
     deliver_at: Option<i64>,
     payload: Bytes,
+}
+
+/// What stands before a batch's member, as far as it is of use here: the crate's type of the same name copies every
+/// text, and most of them are the fabric's own.
+#[derive(Clone, PartialEq, prost::Message)]
+struct Member {
+    #[prost(message, repeated, tag = "1")]
+    properties: Vec<Property>,
+    #[prost(string, optional, tag = "2")]
+    key: Option<String>,
+    #[prost(int32, required, tag = "3")]
+    payload_size: i32,
+    #[prost(bool, optional, tag = "4")]
+    compacted_out: Option<bool>,
+    #[prost(uint64, optional, tag = "5")]
+    event_time: Option<u64>,
+    #[prost(bool, optional, tag = "6")]
+    key_is_base64: Option<bool>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Property {
+    #[prost(bytes = "bytes", required, tag = "1")]
+    name: Bytes,
+    #[prost(bytes = "bytes", required, tag = "2")]
+    value: Bytes,
 }
 
 fn messages(metadata: &MessageMetadata, data: Bytes) -> Result<Vec<(u32, Single)>, Unreadable> {
@@ -219,48 +256,55 @@ fn messages(metadata: &MessageMetadata, data: Bytes) -> Result<Vec<(u32, Single)
         return Err(Unreadable::Chunk);
     }
     let mut data = unfold(metadata, data).ok_or(Unreadable::Packing)?;
+    // A batch is delayed as a whole.
+    let deliver_at = metadata.deliver_at_time;
+    let mut stamp = Stamp::default();
     let Some(count) = metadata.num_messages_in_batch else {
-        let single = Single {
-            properties: metadata.properties.clone(),
+        let mut single = Single {
             key: metadata.partition_key.clone(),
             key_is_base64: metadata.partition_key_b64_encoded(),
             event_time: metadata.event_time,
-            deliver_at: metadata.deliver_at_time,
+            deliver_at,
             payload: data,
+            ..Single::default()
         };
+        metadata.properties.iter().for_each(|pair| single.property(&pair.key, &pair.value, &mut stamp));
         return Ok(vec![(0, single)]);
     };
-    let mut messages = Vec::new();
-    for index in 0..count.max(0) as u32 {
-        let (single, payload) = member(&mut data).ok_or(Unreadable::Packing)?;
-        if single.compacted_out() {
+    let count = count.max(0) as u32;
+    // No more than could be there, whatever the batch says: each has a size.
+    let mut messages = Vec::with_capacity((count as usize).min(data.len() / 4));
+    for index in 0..count {
+        let (member, payload) = member(&mut data).ok_or(Unreadable::Packing)?;
+        if member.compacted_out() {
             continue;
         }
-        messages.push((
-            index,
-            Single {
-                key_is_base64: single.partition_key_b64_encoded(),
-                properties: single.properties,
-                key: single.partition_key,
-                event_time: single.event_time,
-                // A batch is delayed as a whole.
-                deliver_at: metadata.deliver_at_time,
-                payload,
-            },
-        ));
+        let mut single = Single {
+            key_is_base64: member.key_is_base64(),
+            key: member.key,
+            event_time: member.event_time,
+            deliver_at,
+            payload,
+            ..Single::default()
+        };
+        for Property { name, value } in &member.properties {
+            let text = |bytes| std::str::from_utf8(bytes).map_err(|_| Unreadable::Packing);
+            single.property(text(name)?, text(value)?, &mut stamp);
+        }
+        messages.push((index, single));
     }
     Ok(messages)
 }
 
 /// The next message of a batch: a size, its metadata, its payload.
-fn member(data: &mut Bytes) -> Option<(SingleMessageMetadata, Bytes)> {
+fn member(data: &mut Bytes) -> Option<(Member, Bytes)> {
     let size = data.try_get_u32().ok()? as usize;
     if size > data.len() {
         return None;
     }
-    let single = SingleMessageMetadata::decode(data.split_to(size)).ok()?;
-    let length = usize::try_from(single.payload_size).ok()?;
-    (length <= data.len()).then(|| (single, data.split_to(length)))
+    let member = Member::decode(data.split_to(size)).ok()?;
+    let length = usize::try_from(member.payload_size).ok()?;
+    (length <= data.len()).then(|| (member, data.split_to(length)))
 }
 
 /// Folds a body; `None` where that makes it no smaller, and where nothing was asked for.
@@ -308,10 +352,17 @@ fn snappy(data: &[u8], size: u32) -> Option<Vec<u8>> {
 }
 
 impl Single {
+    fn property(&mut self, name: &str, value: &str, stamp: &mut Stamp) {
+        match name {
+            ID => self.id = value.parse().ok(),
+            TS => self.ts = stamp.time(value),
+            _ => drop(self.headers.insert(name.to_owned(), value.to_owned())),
+        }
+    }
+
     fn message(self, published: Timestamp, derived: impl FnOnce() -> MessageId) -> Message {
-        let mut headers: Headers = self.properties.into_iter().map(|kv| (kv.key, kv.value)).collect();
-        let id = headers.remove(ID).and_then(|id| id.parse().ok()).unwrap_or_else(derived);
-        let ts = headers.remove(TS).and_then(|ts| ts.parse().ok()).unwrap_or(published);
+        let id = self.id.unwrap_or_else(derived);
+        let ts = self.ts.unwrap_or(published);
         // Bytes that are text are the key; others stay as they came, in base64.
         let key = match (self.key, self.key_is_base64) {
             (Some(key), true) => {
@@ -323,7 +374,8 @@ impl Single {
         let event_time = self.event_time.filter(|time| *time > 0);
         let event_time = event_time.and_then(|time| i64::try_from(time).ok()).map(Timestamp::from_millis);
         let deliver_at = self.deliver_at.filter(|time| *time > 0).map(Timestamp::from_millis);
-        Message { id: Some(id), ts, payload: self.payload, key, headers, event_time, deliver_at }
+        let (payload, headers) = (self.payload, self.headers);
+        Message { id: Some(id), ts, payload, key, headers, event_time, deliver_at }
     }
 }
 
@@ -332,6 +384,7 @@ mod tests {
     use std::io::Write;
 
     use bytes::BytesMut;
+    use pulsar::proto::SingleMessageMetadata;
 
     use super::*;
     use crate::message::Draft;

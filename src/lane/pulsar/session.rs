@@ -105,7 +105,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Users {
-    waiting: HashMap<u64, oneshot::Sender<Result<BaseCommand, Fault>>>,
+    waiting: HashMap<u64, oneshot::Sender<Result<Box<BaseCommand>, Fault>>>,
     consumers: HashMap<u64, Attached>,
     outlets: HashMap<u64, (u64, Arc<dyn Outlet>)>,
     watchers: HashMap<u64, mpsc::Sender<Changed>>,
@@ -220,7 +220,7 @@ impl Session {
     pub async fn request<C: prost::Message>(
         &self,
         make: impl FnOnce(u64) -> C,
-    ) -> Result<BaseCommand, Fault> {
+    ) -> Result<Box<BaseCommand>, Fault> {
         self.request_within(ANSWER_TIMEOUT, make).await
     }
 
@@ -228,7 +228,7 @@ impl Session {
         &self,
         within: Duration,
         make: impl FnOnce(u64) -> C,
-    ) -> Result<BaseCommand, Fault> {
+    ) -> Result<Box<BaseCommand>, Fault> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         {
@@ -250,8 +250,10 @@ impl Session {
         }
     }
 
-    pub async fn send(&self, command: BaseCommand) -> Result<(), Fault> {
-        self.outgoing.send(frame::encode(&command)).await.map_err(|_| self.shared.why())
+    /// Encodes at once: a command in the crate's type is 4,400 bytes, which are not to be carried along.
+    pub fn send(&self, command: &BaseCommand) -> impl Future<Output = Result<(), Fault>> + Send + use<'_> {
+        let frame = frame::encode(command);
+        async { self.outgoing.send(frame).await.map_err(|_| self.shared.why()) }
     }
 
     /// A command that has to go out without waiting, since it frees something at the broker.
@@ -631,7 +633,7 @@ impl Incoming {
             Frame::Newer(NewerCommand { watching: Some(watching), .. }) => {
                 if let Some(waiting) = self.shared.users().waiting.remove(&watching.request_id) {
                     // That it came is all it says. Whoever asked may have given up.
-                    let _ = waiting.send(Ok(BaseCommand::default()));
+                    let _ = waiting.send(Ok(Box::default()));
                 }
                 return Ok(());
             }
@@ -644,7 +646,7 @@ impl Incoming {
                 return Ok(());
             }
             Frame::Newer(_) => return Ok(()),
-            Frame::Other(command) => *command,
+            Frame::Other(command) => command,
         };
         if let Some(closed) = &command.close_consumer {
             self.shared.users().consumers.remove(&closed.consumer_id);

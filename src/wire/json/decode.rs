@@ -3,6 +3,7 @@
 //! Decoding goes in two steps, so that an error still carries the `request_id` and names the field: the object is
 //! taken apart into raw values, then each value that the type lists is read. What it does not list is ignored.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer};
+use serde::de::Deserializer;
 use serde_json::value::RawValue;
 
 use super::nesting::{DEPTH_MAX, depth};
@@ -90,6 +91,10 @@ struct MessageFrame<'a> {
     delay_ms: Raw<'a>,
 }
 
+/// A string as it stands in the frame, where nothing in it is escaped.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
 /// `null` is a payload like any other.
 fn even_null<'de: 'a, 'a, D: Deserializer<'de>>(deserializer: D) -> Result<Raw<'a>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
@@ -100,19 +105,19 @@ pub fn asked(message: &Bytes) -> Asked {
         Ok(frame) => frame,
         Err(fault) => return Asked { request_id: None, command: Err(fault) },
     };
-    match optional::<String>("request_id", frame.request_id, "a string") {
-        Ok(Some(id)) if id.len() > REQUEST_ID_BYTES_MAX => {
+    match optional::<Text<'_>>("request_id", frame.request_id, "a string") {
+        Ok(Some(Text(id))) if id.len() > REQUEST_ID_BYTES_MAX => {
             let fault = Fault::bad_request(format!("request_id is longer than {REQUEST_ID_BYTES_MAX} bytes"));
             Asked { request_id: None, command: Err(fault) }
         }
-        Ok(id) => Asked { request_id: id.map(Arc::from), command: command(&frame) },
+        Ok(id) => Asked { request_id: id.map(|Text(id)| Arc::from(&*id)), command: command(&frame) },
         Err(fault) => Asked { request_id: None, command: Err(fault) },
     }
 }
 
 fn command(frame: &Frame<'_>) -> Result<Command, Fault> {
-    let kind: String = required("type", frame.kind, "a string")?;
-    match kind.as_str() {
+    let Text(kind) = required("type", frame.kind, "a string")?;
+    match &*kind {
         "subscribe" => subscribe(frame).map(Command::Subscribe),
         "unsubscribe" => {
             optional::<String>("client_id", frame.client_id, "a string")?;
@@ -354,12 +359,12 @@ fn deliveries(frame: &Frame<'_>) -> Result<Vec<u64>, Fault> {
 }
 
 fn topic(frame: &Frame<'_>) -> Result<Topic, Fault> {
-    let name: String = required("topic", frame.topic, "a string")?;
+    let Text(name) = required("topic", frame.topic, "a string")?;
     Topic::parse(&name).map_err(refused_name)
 }
 
 fn pattern(frame: &Frame<'_>) -> Result<Pattern, Fault> {
-    let name: String = required("topic", frame.topic, "a string")?;
+    let Text(name) = required("topic", frame.topic, "a string")?;
     Pattern::parse(&name).map_err(refused_name)
 }
 
@@ -403,15 +408,15 @@ fn object<'a, T: Deserialize<'a>>(json: &'a [u8], what: &str) -> Result<T, Fault
         .map_err(|error| Fault::bad_request(format!("{what} is not valid JSON: {error}")))
 }
 
-fn required<T: DeserializeOwned>(field: &str, raw: Raw<'_>, shape: &str) -> Result<T, Fault> {
+fn required<'a, T: Deserialize<'a>>(field: &str, raw: Raw<'a>, shape: &str) -> Result<T, Fault> {
     optional(field, raw, shape)?.ok_or_else(|| missing(field))
 }
 
-fn optional<T: DeserializeOwned>(field: &str, raw: Raw<'_>, shape: &str) -> Result<Option<T>, Fault> {
+fn optional<'a, T: Deserialize<'a>>(field: &str, raw: Raw<'a>, shape: &str) -> Result<Option<T>, Fault> {
     raw.map(|raw| value(field, raw, shape)).transpose()
 }
 
-fn value<T: DeserializeOwned>(field: &str, raw: &RawValue, shape: &str) -> Result<T, Fault> {
+fn value<'a, T: Deserialize<'a>>(field: &str, raw: &'a RawValue, shape: &str) -> Result<T, Fault> {
     serde_json::from_str(raw.get()).map_err(|_| Fault::bad_request(format!("{field} must be {shape}")))
 }
 

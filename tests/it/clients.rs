@@ -302,15 +302,18 @@ async fn an_ephemeral_subscription_says_that_it_missed_something(span: Span) {
         assert_eq!(text(&next_event(&mut subscription).await), "1");
         let connections = way.accepted();
         way.cut();
-        // Heard by nobody, or by who is back already.
-        publish(&publisher, topic, [2]).await;
-        match soon(subscription.next()).await.unwrap() {
+        let back = async {
+            eventually("the client is back", async || way.accepted() > connections).await;
+            // Heard by nobody, or by who has subscribed again already.
+            publish(&publisher, topic, [2]).await;
+        };
+        let (heard, ()) = tokio::join!(soon(subscription.next()), back);
+        match heard.unwrap() {
             Incoming::Gap { topic, dropped: None, reason } => {
                 assert_eq!((topic.as_str(), reason.as_str()), (pattern, "outage"));
             }
             other => panic!("a gap, not {other:?}"),
         }
-        assert!(way.accepted() > connections);
         publish(&publisher, topic, [3]).await;
         let mut next = next_event(&mut subscription).await;
         if text(&next) == "2" {

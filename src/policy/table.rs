@@ -53,11 +53,12 @@ pub enum Declare {
     Required,
 }
 
-/// How what is published to Pulsar is folded.
+/// How what is published to Pulsar is folded. Every message carries its id and its time as properties, which look much
+/// alike within a batch: folding them costs less than storing them twice, as a bookie does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
-    #[default]
     None,
+    #[default]
     Lz4,
     Zstd,
 }

@@ -136,8 +136,9 @@ async fn bench_compares_the_bridge_and_the_lane_with_pulsars_own_clients() {
     arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
     let with = |more: &[&'static str]| [&arguments[..], more].concat();
 
-    let targets = ["bridge", "direct", "pulsar-ws", "pulsar-crate", "pulsar-crate-batched"];
-    let compare = "--compare=bridge,direct,pulsar-ws,pulsar-crate,pulsar-crate-batched";
+    let targets =
+        ["bridge", "direct", "pulsar-ws", "pulsar-crate", "pulsar-crate-batched", "pulsar-crate-folded"];
+    let compare = "--compare=bridge,direct,pulsar-ws,pulsar-crate,pulsar-crate-batched,pulsar-crate-folded";
     let workloads = ["publish", "paced", "end-to-end", "consume"];
     let found = ran(&lines(Path::new("."), &with(&[&[compare], &workloads[..]].concat())).await, 1);
     assert_eq!(found, targets.iter().flat_map(|target| all(target, &workloads, &["durable"])).collect());

@@ -65,7 +65,7 @@ pub struct Bench {
     /// The lanes without the bridge, opened in this process as `serve` would.
     #[arg(long, conflicts_with = "compare")]
     direct: bool,
-    /// One of Pulsar's own clients: pulsar-ws, pulsar-crate or pulsar-crate-batched.
+    /// One of Pulsar's own clients: pulsar-ws, pulsar-crate, pulsar-crate-batched or pulsar-crate-folded.
     #[arg(long, value_parser = peer, conflicts_with_all = ["compare", "direct"])]
     peer: Option<Who>,
     /// Several, in turns, with the ratios of each to every later one.
@@ -148,6 +148,8 @@ enum Who {
     PulsarCrate,
     /// The same in batches of 1000, or of what 5 ms bring.
     PulsarCrateBatched,
+    /// The same, folded with LZ4 as our batches are.
+    PulsarCrateFolded,
 }
 
 impl Who {
@@ -158,6 +160,7 @@ impl Who {
             Who::PulsarWs => "pulsar-ws",
             Who::PulsarCrate => "pulsar-crate",
             Who::PulsarCrateBatched => "pulsar-crate-batched",
+            Who::PulsarCrateFolded => "pulsar-crate-folded",
         }
     }
 
@@ -197,7 +200,7 @@ impl Workload {
 
 fn peer(name: &str) -> Result<Who, String> {
     let who = Who::from_str(name, false).ok().filter(|who| who.is_peer());
-    who.ok_or_else(|| "pulsar-ws, pulsar-crate or pulsar-crate-batched".into())
+    who.ok_or_else(|| "pulsar-ws, pulsar-crate, pulsar-crate-batched or pulsar-crate-folded".into())
 }
 
 fn rate(text: &str) -> Result<f64, String> {
@@ -222,7 +225,7 @@ struct Subject {
 
 impl Subject {
     fn one_process(&self) -> bool {
-        matches!(self.who, Who::Direct | Who::PulsarCrate | Who::PulsarCrateBatched)
+        !matches!(self.who, Who::Bridge | Who::PulsarWs)
     }
 }
 
@@ -284,6 +287,9 @@ impl Plan {
                     }
                     (Who::PulsarCrateBatched, Some(ground), _) => {
                         Arc::new(PulsarCrate { ground: ground.clone(), entries: Entries::Batched })
+                    }
+                    (Who::PulsarCrateFolded, Some(ground), _) => {
+                        Arc::new(PulsarCrate { ground: ground.clone(), entries: Entries::Folded })
                     }
                     _ => Arc::new(Bridge {
                         url: asked.url.clone().unwrap_or_else(|| DEFAULT_URL.into()),

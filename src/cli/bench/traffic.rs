@@ -4,8 +4,11 @@
 //! Outgoing ──0 1 2 3──▶ target ──▶ Incoming    acknowledgements, answers
 //!                          └─────▶ Incoming    deliveries
 //! ```
-//! A message is its number and some filler, encoded beforehand: only the digits differ from one to the next, so that
-//! the load costs little beside what it loads.
+//! A message is its number and some filler, encoded beforehand: every other eight bytes of the filler differ from one to
+//! the next, as the values do in objects whose names are the same, and only they and the digits are written for each, so
+//! that the load costs little beside what it loads.
+
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use async_trait::async_trait;
@@ -14,6 +17,10 @@ use async_trait::async_trait;
 pub const DIGITS: usize = 12;
 /// Where the number goes in a text that is to become a template.
 pub const NUMBER: &str = "############";
+/// Stands for a byte of filler that differs from message to message.
+const VARIES: char = '^';
+const VARIES_RUN: usize = 8;
+const POOL: usize = 1 << 16;
 /// The smallest payload: its quotes and its number, and two bytes so that it has whole groups of Base64.
 pub const PAYLOAD_MIN: usize = DIGITS + 4;
 
@@ -92,9 +99,11 @@ pub struct Payload(Template);
 
 impl Payload {
     pub fn new(size: usize) -> Self {
-        // Nothing that a broker could compress or a codec would have to escape.
+        // Nothing that a codec would have to escape.
         let mut random = fastrand::Rng::with_seed(7);
-        let filler: String = (DIGITS + 2..size).map(|_| random.alphanumeric()).collect();
+        let filler: String = (0..size - DIGITS - 2)
+            .map(|at| if at / VARIES_RUN % 2 == 1 { VARIES } else { random.alphanumeric() })
+            .collect();
         Self(Template::new(&format!("\"{NUMBER}{filler}\"")))
     }
 
@@ -113,12 +122,24 @@ impl Payload {
 pub struct Template {
     text: String,
     places: Vec<usize>,
+    /// Where it varies, and for how many bytes.
+    varies: Vec<(usize, usize)>,
+    pool: Arc<[u8]>,
 }
 
 impl Template {
     pub fn new(text: &str) -> Self {
         let places = text.match_indices(NUMBER).map(|(at, _)| at).collect();
-        Self { text: text.to_owned(), places }
+        let mut varies: Vec<(usize, usize)> = Vec::new();
+        for (at, _) in text.match_indices(VARIES) {
+            match varies.last_mut() {
+                Some((from, count)) if *from + *count == at => *count += 1,
+                _ => varies.push((at, 1)),
+            }
+        }
+        let mut random = fastrand::Rng::with_seed(11);
+        let pool = (0..POOL + text.len()).map(|_| random.alphanumeric() as u8).collect();
+        Self { text: text.to_owned(), places, varies, pool }
     }
 
     pub fn numbered(&self, number: u64) -> Vec<u8> {
@@ -126,6 +147,11 @@ impl Template {
         let digits = digits(number);
         for &at in &self.places {
             bytes[at..at + DIGITS].copy_from_slice(&digits);
+        }
+        // Far apart for numbers that stand side by side.
+        let from = (number as usize).wrapping_mul(7919) % POOL;
+        for &(at, count) in &self.varies {
+            bytes[at..at + count].copy_from_slice(&self.pool[from + at..from + at + count]);
         }
         bytes
     }

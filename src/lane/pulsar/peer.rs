@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::{FutureExt, StreamExt};
+use pulsar::compression::{Compression, CompressionLz4};
 use pulsar::consumer::{InitialPosition, Message};
 use pulsar::producer::{self, SendFuture};
 use pulsar::{
@@ -33,6 +34,8 @@ pub enum Entries {
     Single,
     /// As the crate batches best.
     Batched,
+    /// The same, folded with LZ4.
+    Folded,
     /// So many messages each, exactly.
     Of(u32),
 }
@@ -64,10 +67,13 @@ impl PeerProducer {
         let mut options = ProducerOptions { block_queue_if_full: true, ..Default::default() };
         match entries {
             Entries::Single | Entries::Of(0 | 1) => {}
-            Entries::Batched => {
+            Entries::Batched | Entries::Folded => {
                 options.batch_size = Some(BATCH);
                 options.batch_timeout = Some(BATCH_DELAY);
                 options.batch_byte_size = Some(BATCH_BYTES);
+                if entries == Entries::Folded {
+                    options.compression = Some(Compression::Lz4(CompressionLz4::default()));
+                }
             }
             Entries::Of(count) => {
                 options.batch_size = Some(count);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use twinspan::lane::contract::{DurableLane, Publisher, Receipt};
 use twinspan::lane::journal::Journal;
-use twinspan::message::{Draft, Lane};
+use twinspan::message::{Draft, Lanes};
 use twinspan::policy::Policy;
 use twinspan::policy::table::{
     Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
@@ -29,7 +29,7 @@ async fn measure(payload: usize, in_flight: usize, count: usize) {
     let route = Route {
         name: "all".into(),
         pattern: Pattern::parse(">").unwrap(),
-        lane: Lane::Durable,
+        lane: Lanes::DURABLE,
         nats: Template::parse("{topic}").unwrap(),
         pulsar: Template::parse("{topic}").unwrap(),
         history: 0,

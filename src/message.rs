@@ -31,6 +31,35 @@ impl Lane {
     }
 }
 
+/// What a route says its topics take: one lane, or both, live on the one and stored on the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Lanes {
+    One(Lane),
+    Both,
+}
+
+impl Lanes {
+    pub const EPHEMERAL: Lanes = Lanes::One(Lane::Ephemeral);
+    pub const DURABLE: Lanes = Lanes::One(Lane::Durable);
+
+    pub fn takes(self, lane: Lane) -> bool {
+        self == Lanes::Both || self == Lanes::One(lane)
+    }
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Lanes::One(lane) => lane.as_str(),
+            Lanes::Both => "both",
+        }
+    }
+}
+
+impl fmt::Display for Lanes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 impl fmt::Display for Lane {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -234,7 +263,10 @@ const HEADER_BYTES: usize = 96;
 #[derive(Debug)]
 pub struct Envelope {
     pub topic: Topic,
+    /// Which brought it.
     pub lane: Lane,
+    /// What its route says, once whoever hands it to a client has told.
+    lanes: OnceLock<Lanes>,
     pub message: Message,
     /// On a durable topic.
     pub stored: Option<Stored>,
@@ -260,6 +292,7 @@ impl Envelope {
         Self {
             topic,
             lane: Lane::Ephemeral,
+            lanes: OnceLock::new(),
             message,
             stored: None,
             reply_to,
@@ -272,12 +305,23 @@ impl Envelope {
         Self {
             topic,
             lane: Lane::Durable,
+            lanes: OnceLock::new(),
             message,
             stored: Some(stored),
             reply_to: None,
             encoded: OnceLock::new(),
             verdicts: Mutex::default(),
         }
+    }
+
+    /// Its route says so. The first who tells is believed.
+    pub fn is_of(&self, lanes: Lanes) {
+        self.lanes.get_or_init(|| lanes);
+    }
+
+    /// What clients are told.
+    pub fn lanes(&self) -> Lanes {
+        *self.lanes.get().unwrap_or(&Lanes::One(self.lane))
     }
 
     /// The encoded event, made by the first who asks.

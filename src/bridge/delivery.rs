@@ -134,7 +134,7 @@ impl GroupMember {
     /// The route in force: a reload applies to what is handed out next.
     fn route(&self) -> Arc<Route> {
         let table = self.around.policy.table();
-        let route = table.route_for(self.topic()).filter(|route| route.lane == Lane::Durable);
+        let route = table.route_for(self.topic()).filter(|route| route.lane.takes(Lane::Durable));
         route.unwrap_or(&self.joined).clone()
     }
 
@@ -213,9 +213,10 @@ impl DeadLetters {
         let name = dead_letter.topic.apply(self.topic.as_str());
         let topic = Topic::parse(&name).map_err(|error| LaneError::BadRequest(error.to_string()))?;
         let table = self.around.policy.table();
-        let route = table.route_for(&topic).filter(|route| route.lane == Lane::Durable).ok_or_else(|| {
-            LaneError::BadRequest(format!("no durable route holds `{topic}` now; nothing was stored"))
-        })?;
+        let route =
+            table.route_for(&topic).filter(|route| route.lane.takes(Lane::Durable)).ok_or_else(|| {
+                LaneError::BadRequest(format!("no durable route holds `{topic}` now; nothing was stored"))
+            })?;
         let message = self.letter(handed);
         let receipt = self.around.lane.append(route, &topic, message, Publisher::default()).await?;
         receipt.await?;

@@ -3,12 +3,14 @@
 //! ```text
 //!              ┌─ ephemeral ─▶ handed over
 //! publish ──▶ route
-//!              └─ durable ───▶ in line ··receipt··▶ stored
+//!              ├─ durable ───▶ in line ··receipt··▶ stored
+//!              └─ both ──────▶ in line ··receipt··▶ stored, and a copy handed over
 //! ```
 //! A publish has two moments: it has its place in the order, and its outcome is known. A caller who waits only for
 //! the first keeps its order and can have many under way.
 
 pub mod catalog;
+mod copies;
 pub mod delivery;
 pub mod groups;
 pub mod filters;
@@ -21,7 +23,7 @@ use tokio::sync::broadcast;
 
 use crate::lane::contract::{DurableLane, Ear, EphemeralLane, Joining, LaneError, Listening, Publisher};
 use crate::lane::follow::Follow;
-use crate::message::{Draft, Lane, Message, MessageId, Position, ReplyTo, Start, Timestamp};
+use crate::message::{Draft, Lane, Lanes, Message, MessageId, Position, ReplyTo, Start, Timestamp};
 use crate::policy::Policy;
 use crate::policy::table::{Declare, Route};
 use crate::telemetry::metrics::Metrics;
@@ -29,6 +31,7 @@ use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::Group;
 use catalog::Catalog;
+use copies::Copies;
 use delivery::{GroupMember, Surroundings};
 use filters::Filters;
 use groups::Groups;
@@ -40,6 +43,7 @@ pub struct Bridge {
     pub policy: Policy,
     pub ephemeral: Arc<dyn EphemeralLane>,
     pub durable: Arc<dyn DurableLane>,
+    copies: Copies,
     pub catalog: Arc<Catalog>,
     pub groups: Arc<Groups>,
     pub filters: Filters,
@@ -60,7 +64,7 @@ pub enum Notice {
 /// What became of a publish, once it is known.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Published {
-    pub lane: Lane,
+    pub lane: Lanes,
     pub id: Option<MessageId>,
     pub position: Option<Position>,
     pub ts: Timestamp,
@@ -90,10 +94,12 @@ impl Bridge {
         metrics: Arc<Metrics>,
     ) -> Self {
         let filters = Filters::new(metrics.clone());
+        let copies = Copies::new(durable.clone(), ephemeral.clone(), metrics.clone());
         Self {
             policy,
             ephemeral,
             durable,
+            copies,
             catalog: Arc::new(catalog),
             groups: Arc::default(),
             filters,
@@ -103,7 +109,7 @@ impl Bridge {
     }
 
     /// Which lane carries what is published to this topic, where something may be.
-    pub fn may_publish(&self, topic: &Topic) -> Result<Lane, Fault> {
+    pub fn may_publish(&self, topic: &Topic) -> Result<Lanes, Fault> {
         let route = self.route(topic)?;
         self.exists(&route, topic)?;
         Ok(route.lane)
@@ -113,7 +119,9 @@ impl Bridge {
     pub async fn publish(&self, topic: &Topic, draft: Draft, publisher: Publisher) -> Result<Outcome, Fault> {
         let begun = Instant::now();
         let route = self.route(topic)?;
-        let (lane, bytes) = (route.lane, draft.payload.len());
+        let bytes = draft.payload.len();
+        // Where both carry, storage is what the publisher waits for.
+        let lane = if route.lane.takes(Lane::Durable) { Lane::Durable } else { Lane::Ephemeral };
         let refused = |fault: Fault| {
             self.metrics.publish_failed(lane, &route.name, fault.code);
             fault
@@ -121,7 +129,8 @@ impl Bridge {
         self.admit(&route, topic, &draft).map_err(refused)?;
         let message = draft.accept();
         let (id, ts) = (message.id, message.ts);
-        let published = move |position| Published { lane, id, position, ts };
+        let lanes = route.lane;
+        let published = move |position| Published { lane: lanes, id, position, ts };
         match lane {
             Lane::Ephemeral => {
                 self.ephemeral.publish(&route, topic, message).await.map_err(fault).map_err(refused)?;
@@ -131,7 +140,7 @@ impl Bridge {
             }
             Lane::Durable => {
                 let receipt = self
-                    .durable
+                    .copies
                     .append(&route, topic, message, publisher)
                     .await
                     .map_err(fault)
@@ -159,7 +168,7 @@ impl Bridge {
     pub async fn request(&self, topic: &Topic, draft: Draft, timeout: Duration) -> Result<Message, Fault> {
         let begun = Instant::now();
         let route = self.route(topic)?;
-        if route.lane != Lane::Ephemeral {
+        if !route.lane.takes(Lane::Ephemeral) {
             let message =
                 format!("`{topic}` is durable; requests are for ephemeral topics. Nothing was sent");
             return Err(Fault::new(Code::LaneMismatch, message));
@@ -244,7 +253,7 @@ impl Bridge {
     pub async fn delete_group(&self, topic: &Topic, group: &str) -> Result<(), Fault> {
         let route = self.route(topic)?;
         let no_group = || Fault::new(Code::TopicNotFound, format!("topic `{topic}` has no group `{group}`"));
-        if route.lane != Lane::Durable {
+        if !route.lane.takes(Lane::Durable) {
             return Err(no_group());
         }
         let deleted = self.durable.delete_group(&route, topic, group).await.map_err(fault)?;
@@ -252,7 +261,7 @@ impl Bridge {
     }
 
     /// Declares a topic.
-    pub async fn create(&self, topic: &Topic) -> Result<Lane, Fault> {
+    pub async fn create(&self, topic: &Topic) -> Result<Lanes, Fault> {
         let route = self.route(topic)?;
         let known = match route.declare {
             Declare::Required => self.catalog.is_declared(topic),
@@ -261,7 +270,7 @@ impl Bridge {
         if known {
             return Err(Fault::new(Code::TopicExists, format!("topic `{topic}` exists")));
         }
-        if route.lane == Lane::Durable {
+        if route.lane.takes(Lane::Durable) {
             self.durable.create(&route, topic).await.map_err(fault)?;
         }
         self.catalog.declare(topic).map_err(not_kept)?;
@@ -364,9 +373,9 @@ impl Bridge {
             );
             return Err(Fault::bad_request(message));
         }
-        match (draft.delay, route.lane) {
-            (Some(_), Lane::Ephemeral) => Err(delay_on_ephemeral()),
-            (_, Lane::Ephemeral | Lane::Durable) => Ok(()),
+        match draft.delay {
+            Some(_) if !route.lane.takes(Lane::Durable) => Err(delay_on_ephemeral()),
+            _ => Ok(()),
         }
     }
 }

@@ -68,7 +68,7 @@ async fn ephemeral(settings: &Settings, policy: Policy) -> Result<String, Vec<Pr
 /// The routes whose subjects may not be subscribed to.
 async fn refused(lane: &dyn EphemeralLane, table: &RouteTable) -> Vec<Problem> {
     let mut refused = Vec::new();
-    for (route, written) in table.entries().filter(|(route, _)| route.lane == Lane::Ephemeral) {
+    for (route, written) in table.entries().filter(|(route, _)| route.lane.takes(Lane::Ephemeral)) {
         if let Err(error) = lane.listen(&route.pattern, None, 0, Arc::new(Deaf)).await {
             refused.push(Problem::new(written.route.clone(), format!("route `{}`: {error}", route.name)));
         }

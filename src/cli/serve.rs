@@ -9,7 +9,7 @@ use super::problems;
 use crate::config::{self, Sources};
 use crate::lane;
 use crate::policy::Reloader;
-use crate::server::{Lanes, Running};
+use crate::server::{Carriers, Running};
 use crate::telemetry::log_to_stderr;
 use crate::telemetry::metrics::Metrics;
 
@@ -36,7 +36,7 @@ pub async fn serve(sources: &Sources) -> Result<()> {
     )
     .await
     .context("opening the durable lane")?;
-    let lanes = Lanes { ephemeral, durable };
+    let lanes = Carriers { ephemeral, durable };
     let running = Running::start(settings, reloader.clone(), lanes, metrics).await?;
     greet(&running);
 

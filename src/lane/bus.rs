@@ -59,7 +59,7 @@ impl Bus {
     /// Keeps the message and finds its ears, as one step.
     fn take(&self, route: &Route, envelope: &Arc<Envelope>) -> Arc<Found<Arc<dyn Ear>>> {
         let mut shared = lock(&self.shared);
-        shared.history.keep(envelope, route.history);
+        shared.history.keep(envelope, route.ring());
         shared.interest.find(envelope.topic.as_str())
     }
 }
@@ -96,7 +96,7 @@ impl EphemeralLane for Bus {
         let history = match last {
             0 => Vec::new(),
             _ => shared.history.newest(pattern, last, |topic| {
-                table.route_for(topic).filter(|route| route.lane == Lane::Ephemeral).cloned()
+                table.route_for(topic).filter(|route| route.lane.takes(Lane::Ephemeral)).cloned()
             }),
         };
         let place = Place { shared: self.shared.clone(), pattern: pattern.clone(), number };

@@ -203,6 +203,7 @@ impl Follow {
                     continue;
                 }
                 self.reached = Some(stored.position.clone());
+                envelope.is_of(self.route.lane);
             }
             events.push(event);
         }

@@ -68,7 +68,7 @@ pub fn install_crypto() {
 
 #[cfg(test)]
 mod testing {
-    use crate::message::Lane;
+    use crate::message::Lanes;
     use crate::policy::table::{
         Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
     };
@@ -80,7 +80,7 @@ mod testing {
         Route {
             name: pattern.into(),
             pattern: Pattern::parse(pattern).unwrap(),
-            lane: Lane::Ephemeral,
+            lane: Lanes::EPHEMERAL,
             nats: template.clone(),
             pulsar: template,
             history: 100,

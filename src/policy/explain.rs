@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::table::{Compression, Declare, Overflow, Retention, Route, RouteTable, Written};
-use crate::message::Lane;
+use crate::message::{Lane, Lanes};
 use crate::origin::Origin;
 use crate::topic::{Pattern, Topic};
 use crate::units;
@@ -30,19 +30,13 @@ pub struct Explanation {
 pub struct Decision {
     pub route: String,
     pub lane: &'static str,
-    /// The broker's name for the topic.
-    #[serde(flatten)]
-    pub physical: Physical,
+    /// The names at the lanes' brokers. A lane without a broker uses the topic itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nats_subject: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pulsar_topic: Option<String>,
     pub options: Vec<Shown>,
     pub also_match: Vec<Loser>,
-}
-
-/// The name at the lane's broker. The lanes without a broker use the topic itself.
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Physical {
-    NatsSubject(String),
-    PulsarTopic(String),
 }
 
 /// A value and who said it.
@@ -65,7 +59,7 @@ pub struct Loser {
 }
 
 /// Explains one topic. `settings` are those of either lane, by what the caller knows of them.
-pub fn explain(table: &RouteTable, topic: &Topic, settings: impl FnOnce(Lane) -> Vec<Shown>) -> Explanation {
+pub fn explain(table: &RouteTable, topic: &Topic, settings: impl Fn(Lane) -> Vec<Shown>) -> Explanation {
     let mut matching = table.entries().filter(|(route, _)| route.pattern.matches(topic));
     let Some((route, written)) = matching.next() else {
         let why = format!(
@@ -91,14 +85,13 @@ pub fn explain(table: &RouteTable, topic: &Topic, settings: impl FnOnce(Lane) ->
     let decision = Decision {
         route: route.name.to_string(),
         lane: route.lane.as_str(),
-        physical: match route.lane {
-            Lane::Ephemeral => Physical::NatsSubject(route.nats.apply(topic.as_str())),
-            Lane::Durable => Physical::PulsarTopic(route.pulsar.apply(topic.as_str())),
-        },
+        nats_subject: route.lane.takes(Lane::Ephemeral).then(|| route.nats.apply(topic.as_str())),
+        pulsar_topic: route.lane.takes(Lane::Durable).then(|| route.pulsar.apply(topic.as_str())),
         options: options(route, written),
         also_match,
     };
-    Explanation { topic: topic.to_string(), why, decision: Some(decision), settings: settings(route.lane) }
+    let settings = Lane::ALL.into_iter().filter(|lane| route.lane.takes(*lane)).flat_map(settings).collect();
+    Explanation { topic: topic.to_string(), why, decision: Some(decision), settings }
 }
 
 /// Every option that holds for the route's lane, in the order in which a file would say them.
@@ -113,15 +106,17 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
         shown("lane", json!(route.lane.as_str())),
     ];
     let dead_letter = route.redelivery.dead_letter.as_ref();
-    match route.lane {
-        Lane::Ephemeral => rows.extend([
+    if route.lane.takes(Lane::Ephemeral) {
+        rows.extend([
             shown("nats", json!(route.nats.to_string())),
             shown("history", json!(route.history)),
             shown("retain", json!(route.retain)),
             shown("queue", json!(route.queue)),
             shown("overflow", overflow(route.overflow)),
-        ]),
-        Lane::Durable => rows.extend([
+        ]);
+    }
+    if route.lane.takes(Lane::Durable) {
+        rows.extend([
             shown("pulsar", json!(route.pulsar.to_string())),
             shown("outage", json!("reject")),
             shown("retention", retention(route.retention)),
@@ -132,7 +127,10 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
             shown("dead_letter", json!(dead_letter.map(|dead_letter| dead_letter.topic.to_string()))),
             shown("compression", compression(route.compression)),
             shown("pulsar_schema", json!(route.pulsar_schema.as_str())),
-        ]),
+        ]);
+    }
+    if route.lane == Lanes::Both {
+        rows.push(shown("live", json!("after_store")));
     }
     rows.push(shown("max_payload", json!(route.max_payload.map(|bytes| units::show_size(bytes as u64)))));
     rows.push(shown("schema", json!(route.schema.as_ref().map(|schema| &*schema.file))));
@@ -189,9 +187,11 @@ impl fmt::Display for Explanation {
         };
         writeln!(f, "{} takes the {} lane by the route {}", self.topic, decision.lane, decision.route)?;
         writeln!(f, "  {}", self.why)?;
-        match &decision.physical {
-            Physical::NatsSubject(name) => writeln!(f, "  Where the lane is NATS it is the subject {name}")?,
-            Physical::PulsarTopic(name) => writeln!(f, "  Where the lane is Pulsar it is the topic {name}")?,
+        if let Some(name) = &decision.nats_subject {
+            writeln!(f, "  Where the lane is NATS it is the subject {name}")?;
+        }
+        if let Some(name) = &decision.pulsar_topic {
+            writeln!(f, "  Where the lane is Pulsar it is the topic {name}")?;
         }
         table(f, "option", &decision.options)?;
         table(f, "setting", &self.settings)?;

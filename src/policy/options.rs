@@ -6,7 +6,7 @@ use std::time::Duration;
 use toml_edit::Item;
 
 use super::table::{Compression, Declare, Overflow, PulsarSchema};
-use crate::message::Lane;
+use crate::message::Lanes;
 use crate::units;
 
 pub const HISTORY_DEFAULT: usize = 100;
@@ -20,34 +20,34 @@ const BACKOFFS_MAX: usize = 32;
 const WAIT_MAX: Duration = Duration::from_secs(365 * 86_400);
 const NAME_BYTES_MAX: usize = 128;
 
-/// Which lane an option is for; `None`: both.
-pub const OPTIONS: [(&str, Option<Lane>); 20] = [
+/// Which lane an option is for; `None`: any. A route of both lanes has the options of both.
+pub const OPTIONS: [(&str, Option<Lanes>); 21] = [
     ("name", None),
     ("topic", None),
     ("lane", None),
     ("max_payload", None),
     ("schema", None),
-    ("nats", Some(Lane::Ephemeral)),
-    ("history", Some(Lane::Ephemeral)),
-    ("retain", Some(Lane::Ephemeral)),
-    ("queue", Some(Lane::Ephemeral)),
-    ("overflow", Some(Lane::Ephemeral)),
-    ("pulsar", Some(Lane::Durable)),
-    ("outage", Some(Lane::Durable)),
-    ("retention", Some(Lane::Durable)),
-    ("declare", Some(Lane::Durable)),
-    ("ack_timeout", Some(Lane::Durable)),
-    ("max_deliveries", Some(Lane::Durable)),
-    ("backoff", Some(Lane::Durable)),
-    ("dead_letter", Some(Lane::Durable)),
-    ("compression", Some(Lane::Durable)),
-    ("pulsar_schema", Some(Lane::Durable)),
+    ("nats", Some(Lanes::EPHEMERAL)),
+    ("history", Some(Lanes::EPHEMERAL)),
+    ("retain", Some(Lanes::EPHEMERAL)),
+    ("queue", Some(Lanes::EPHEMERAL)),
+    ("overflow", Some(Lanes::EPHEMERAL)),
+    ("pulsar", Some(Lanes::DURABLE)),
+    ("outage", Some(Lanes::DURABLE)),
+    ("retention", Some(Lanes::DURABLE)),
+    ("declare", Some(Lanes::DURABLE)),
+    ("ack_timeout", Some(Lanes::DURABLE)),
+    ("max_deliveries", Some(Lanes::DURABLE)),
+    ("backoff", Some(Lanes::DURABLE)),
+    ("dead_letter", Some(Lanes::DURABLE)),
+    ("compression", Some(Lanes::DURABLE)),
+    ("pulsar_schema", Some(Lanes::DURABLE)),
+    ("live", Some(Lanes::Both)),
 ];
 
 const NO_AUTHENTICATION: &str = "no authentication is configured in this build, so nobody has rights: leave it out, everyone who may connect may";
 /// Options of the contract that this build cannot honor, and what holds instead.
-pub const NOT_IN_THIS_BUILD: [(&str, &str); 5] = [
-    ("live", "lane = \"both\" is not in this build: leave it out"),
+pub const NOT_IN_THIS_BUILD: [(&str, &str); 4] = [
     ("dedup_window", "not in this build: a message published twice is stored twice, with the same id"),
     ("rate", "not in this build: nobody is slowed down by a rate"),
     ("publish", NO_AUTHENTICATION),
@@ -124,12 +124,23 @@ pub fn name(item: &Item) -> Result<Arc<str>, String> {
     }
 }
 
-pub fn lane(item: &Item) -> Result<Lane, String> {
+pub fn lane(item: &Item) -> Result<Lanes, String> {
     match text(item)? {
-        "ephemeral" => Ok(Lane::Ephemeral),
-        "durable" => Ok(Lane::Durable),
-        "both" => Err("\"both\" is not in this build: choose \"ephemeral\" or \"durable\"".to_owned()),
-        other => Err(one_of(other, &["ephemeral", "durable"])),
+        "ephemeral" => Ok(Lanes::EPHEMERAL),
+        "durable" => Ok(Lanes::DURABLE),
+        "both" => Ok(Lanes::Both),
+        other => Err(one_of(other, &["ephemeral", "durable", "both"])),
+    }
+}
+
+pub fn live(item: &Item) -> Result<(), String> {
+    match text(item)? {
+        "after_store" => Ok(()),
+        "first" => {
+            Err("\"first\" is not in this build: with \"after_store\" subscribers get what is stored"
+                .to_owned())
+        }
+        other => Err(one_of(other, &["after_store"])),
     }
 }
 

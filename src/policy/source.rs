@@ -18,7 +18,7 @@ use super::schema::Schema;
 use super::table::{
     DeadLetter, Declare, Overflow, Redelivery, Retention, Route, RouteTable, Template, Written,
 };
-use crate::message::Lane;
+use crate::message::{Lane, Lanes};
 use crate::origin::{Origin, Problem, Source, nearest};
 use crate::topic::Pattern;
 use crate::units;
@@ -108,6 +108,7 @@ impl<'a> Reader<'a> {
         let nats = self.optional("nats", |item| naming::nats(text(item)?).map_err(|e| e.to_string()));
         let pulsar = self.optional("pulsar", |item| naming::pulsar(text(item)?).map_err(|e| e.to_string()));
         self.optional("outage", options::outage);
+        self.optional("live", options::live);
         let history = self.optional("history", |item| options::count(item, 0, options::HISTORY_MAX));
         let retain = self.optional("retain", options::flag);
         let queue = self.optional("queue", |item| options::count(item, 1, options::QUEUE_MAX));
@@ -132,7 +133,7 @@ impl<'a> Reader<'a> {
         let route = Route {
             name: name.unwrap_or_else(|| pattern.as_str().into()),
             pattern,
-            lane: lane.unwrap_or(Lane::Ephemeral),
+            lane: lane.unwrap_or(Lanes::EPHEMERAL),
             nats: nats.or_else(|| Template::parse(naming::NATS_DEFAULT))?,
             pulsar: pulsar.or_else(|| Template::parse(naming::PULSAR_DEFAULT))?,
             history: history.unwrap_or(options::HISTORY_DEFAULT),
@@ -217,12 +218,19 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn refuse_other_lane(&mut self, lane: Lane) {
+    fn refuse_other_lane(&mut self, lanes: Lanes) {
         for (name, belongs) in options::OPTIONS {
-            if belongs.is_some_and(|other| other != lane) && self.table.contains_key(name) {
-                let other = if lane == Lane::Durable { "an ephemeral" } else { "a durable" };
+            let Some(belongs) = belongs.filter(|belongs| lanes != *belongs && lanes != Lanes::Both) else {
+                continue;
+            };
+            if self.table.contains_key(name) {
+                let other = match belongs {
+                    Lanes::One(Lane::Ephemeral) => "an ephemeral route",
+                    Lanes::One(Lane::Durable) => "a durable route",
+                    Lanes::Both => "a route of both lanes",
+                };
                 let message = format!(
-                    "{name} is an option of {other} route, and {} says lane = \"{lane}\": leave one out",
+                    "{name} is an option of {other}, and {} says lane = \"{lanes}\": leave one out",
                     self.place("lane")
                 );
                 self.problems.push(Problem::new(self.place(name), message));
@@ -233,7 +241,7 @@ impl<'a> Reader<'a> {
     fn required<T>(&mut self, key: &'static str, read: impl Fn(&Item) -> Result<T, String>) -> Option<T> {
         if !self.table.contains_key(key) {
             let message = match key {
-                "lane" => "this route has no lane: write lane = \"ephemeral\" or lane = \"durable\"",
+                "lane" => "this route has no lane: write lane = \"ephemeral\", \"durable\" or \"both\"",
                 _ => "this route has no topic: write topic = \"orders.>\" or another pattern",
             };
             self.problems.push(Problem::new(self.written.route.clone(), message));
@@ -278,14 +286,14 @@ fn implied(written: &[Draft], problems: &mut Vec<Problem>) -> Vec<Draft> {
             let by_name = !matches!(route.pattern.tokens().next(), Some("*" | ">"));
             let is_theirs = route.pattern == pattern
                 || by_name && route.pattern.covers(&pattern) && route.redelivery.dead_letter.is_none();
-            route.lane == Lane::Durable && is_theirs
+            route.lane.takes(Lane::Durable) && is_theirs
         };
         let theirs = written.iter().filter(stores).min_by(by_precedence);
         let stored = theirs.map_or(&pattern, |theirs| &theirs.route.pattern);
         let mut lost = written.iter().filter(|other| {
             let ahead = other.route.pattern.precedence(stored).is_le();
             other.lane_known
-                && other.route.lane == Lane::Ephemeral
+                && other.route.lane == Lanes::EPHEMERAL
                 && ahead
                 && other.route.pattern.overlaps(&pattern)
         });
@@ -300,6 +308,7 @@ fn implied(written: &[Draft], problems: &mut Vec<Problem>) -> Vec<Draft> {
             let route = Route {
                 name: format!("{}.dead_letter", draft.route.name).into(),
                 pattern,
+                lane: Lanes::DURABLE,
                 retention: Retention::default(),
                 declare: Declare::Auto,
                 redelivery: Redelivery::default(),
@@ -346,23 +355,27 @@ fn conflict(later: &Draft, earlier: &Draft) -> Option<Problem> {
         );
         return Some(Problem::new(place(later, "name"), message));
     }
-    if a.lane != b.lane || !later.lane_known || !earlier.lane_known {
+    if !later.lane_known || !earlier.lane_known {
         return None;
     }
-    let (key, what, ours, theirs) = match a.lane {
-        Lane::Ephemeral => ("nats", "NATS subject", &a.nats, &b.nats),
-        Lane::Durable => ("pulsar", "Pulsar topic", &a.pulsar, &b.pulsar),
-    };
-    naming::collide((ours, &a.pattern), (theirs, &b.pattern)).then(|| {
-        let message = format!(
-            "two topics would be one {what}: this route's names are {}, and those of the route at {} are {}; \
-             change one of the templates",
-            ours.apply(a.pattern.as_str()),
-            place(earlier, key),
-            theirs.apply(b.pattern.as_str()),
-        );
-        Problem::new(place(later, key), message)
-    })
+    let names = [
+        (Lane::Ephemeral, "nats", "NATS subject", &a.nats, &b.nats),
+        (Lane::Durable, "pulsar", "Pulsar topic", &a.pulsar, &b.pulsar),
+    ];
+    names.into_iter().filter(|(lane, ..)| a.lane.takes(*lane) && b.lane.takes(*lane)).find_map(
+        |(_, key, what, ours, theirs)| {
+            naming::collide((ours, &a.pattern), (theirs, &b.pattern)).then(|| {
+                let message = format!(
+                    "two topics would be one {what}: this route's names are {}, and those of the route at {} are {}; \
+                     change one of the templates",
+                    ours.apply(a.pattern.as_str()),
+                    place(earlier, key),
+                    theirs.apply(b.pattern.as_str()),
+                );
+                Problem::new(place(later, key), message)
+            })
+        },
+    )
 }
 
 #[cfg(test)]
@@ -400,11 +413,11 @@ mod tests {
         "#;
         let table = read(Path::new("r.toml"), text, &|_| Err(std::io::ErrorKind::NotFound.into())).unwrap();
         let [durable, ephemeral] = table.routes() else { panic!("{table:?}") };
-        assert_eq!((&*ephemeral.name, ephemeral.lane), ("telemetry", Lane::Ephemeral));
+        assert_eq!((&*ephemeral.name, ephemeral.lane), ("telemetry", Lanes::EPHEMERAL));
         assert_eq!((ephemeral.history, ephemeral.retain, ephemeral.queue), (5, true, 7));
         assert_eq!((ephemeral.overflow, ephemeral.max_payload), (Overflow::Disconnect, Some(4096)));
         assert_eq!(ephemeral.nats.apply("x"), "acme.x");
-        assert_eq!((&*durable.name, durable.lane), ("orders.>", Lane::Durable));
+        assert_eq!((&*durable.name, durable.lane), ("orders.>", Lanes::DURABLE));
         assert_eq!((durable.history, durable.queue, durable.overflow), (100, 100, Overflow::DropOldest));
         assert_eq!((durable.declare, durable.retention.size), (Declare::Required, Some(10 << 30)));
         assert_eq!(durable.retention.age, Some(std::time::Duration::from_secs(604_800)));
@@ -506,8 +519,9 @@ mod tests {
                 "publish = [\"role:writer\"]",
                 "publish: no authentication is configured in this build",
             ),
-            ("both", "", "lane: \"both\" is not in this build"),
-            ("fast", "", "lane: expected \"ephemeral\" or \"durable\", found \"fast\""),
+            ("durable", "live = \"after_store\"", "live is an option of a route of both lanes"),
+            ("both", "live = \"first\"", "live: \"first\" is not in this build"),
+            ("fast", "", "lane: expected \"ephemeral\" or \"durable\" or \"both\", found \"fast\""),
         ];
         for (lane, line, expected) in table {
             let lines = line.replace("; ", "\n");
@@ -585,7 +599,7 @@ mod tests {
         let route = table.route_for(&Topic::parse("dlq.a.b").unwrap()).unwrap();
         assert_eq!(
             (&*route.name, route.pattern.as_str(), route.lane),
-            ("a.>.dead_letter", "dlq.a.>", Lane::Durable)
+            ("a.>.dead_letter", "dlq.a.>", Lanes::DURABLE)
         );
         assert_eq!(route.pulsar.apply("dlq.a.b"), "persistent://acme/eu/dlq.a.b");
         assert_eq!((route.retention, &route.redelivery), (Retention::default(), &Redelivery::default()));
@@ -620,7 +634,7 @@ mod tests {
             match (read, expected) {
                 (Ok(table), Ok(name)) => {
                     let route = table.route_for(&Topic::parse("dlq.a.b").unwrap()).unwrap();
-                    assert_eq!((&*route.name, route.lane), (name, Lane::Durable), "{topic} {lane}");
+                    assert_eq!((&*route.name, route.lane), (name, Lanes::DURABLE), "{topic} {lane}");
                 }
                 (Err(problems), Err(())) => {
                     assert_eq!(problems.len(), 1, "{topic}: {problems:?}");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::schema::Schema;
-use crate::message::Lane;
+use crate::message::{Lane, Lanes};
 use crate::origin::Origin;
 use crate::topic::{Pattern, Topic};
 
@@ -16,7 +16,7 @@ pub struct Route {
     /// The label on every metric.
     pub name: Arc<str>,
     pub pattern: Pattern,
-    pub lane: Lane,
+    pub lane: Lanes,
     /// The NATS subject of a topic.
     pub nats: Template,
     /// The Pulsar topic of a topic.
@@ -37,6 +37,13 @@ pub struct Route {
     pub max_payload: Option<usize>,
     /// What a payload has to look like.
     pub schema: Option<Arc<Schema>>,
+}
+
+impl Route {
+    /// How long the ring of a topic is; where storage has its history, there is none.
+    pub fn ring(&self) -> usize {
+        if self.lane.takes(Lane::Durable) { 0 } else { self.history }
+    }
 }
 
 /// What happens when a client reads an ephemeral route too slowly.
@@ -184,8 +191,8 @@ impl RouteTable {
     /// Whether topics of this pattern can take this lane.
     pub fn reaches(&self, pattern: &Pattern, lane: Lane) -> bool {
         match pattern.topic() {
-            Some(topic) => self.route_for(&topic).is_some_and(|route| route.lane == lane),
-            None => self.overlapping(pattern).any(|route| route.lane == lane),
+            Some(topic) => self.route_for(&topic).is_some_and(|route| route.lane.takes(lane)),
+            None => self.overlapping(pattern).any(|route| route.lane.takes(lane)),
         }
     }
 

@@ -32,8 +32,8 @@ use app::App;
 /// Over how much time clients are asked to come back, so that they do not come all at once.
 const RECONNECT_SPREAD: Duration = Duration::from_secs(5);
 
-/// The lanes that a bridge stands on.
-pub struct Lanes {
+/// What carries the lanes of a bridge.
+pub struct Carriers {
     pub ephemeral: Arc<dyn EphemeralLane>,
     pub durable: Arc<dyn DurableLane>,
 }
@@ -63,7 +63,7 @@ impl Running {
     pub async fn start(
         settings: Settings,
         reloader: Reloader,
-        lanes: Lanes,
+        lanes: Carriers,
         metrics: Arc<Metrics>,
     ) -> Result<Self, StartError> {
         let dir = &settings.server.data_dir;

@@ -106,7 +106,7 @@ async fn described(app: &App, known: Known, route: Arc<Route>, in_full: bool) ->
         "name": known.topic.as_str(), "lane": route.lane.as_str(), "route": &*route.name,
         "messages": known.messages, "subscribers": known.subscribers,
     });
-    if route.lane == Lane::Durable {
+    if route.lane.takes(Lane::Durable) {
         let groups = app.bridge.durable.groups(&route, &known.topic);
         // Where its lane cannot say now the topic is there all the same.
         let groups = tokio::time::timeout(BACKLOG_TIMEOUT, groups).await.ok().and_then(Result::ok);
@@ -156,9 +156,9 @@ async fn messages(
         },
     };
     let table = app.bridge.policy.table();
-    let lane = table.route_for(&topic).map(|route| route.lane);
-    let (frames, next) = match (lane, start) {
-        (Some(Lane::Durable), start) => stored(&app, &topic, start, limit).await?,
+    let is_stored = table.route_for(&topic).is_some_and(|route| route.lane.takes(Lane::Durable));
+    let (frames, next) = match (is_stored, start) {
+        (true, start) => stored(&app, &topic, start, limit).await?,
         (_, Start::After(_)) => {
             return Err(Fault::new(
                 Code::LaneMismatch,
@@ -205,6 +205,7 @@ async fn stored(
                 let event = match read {
                     Ok(envelope) => {
                         next = envelope.stored.as_ref().map(|stored| stored.position.to_string());
+                        envelope.is_of(route.lane);
                         Event::Live(envelope)
                     }
                     Err(error) => Event::Error { request_id: None, fault: fault(error) },

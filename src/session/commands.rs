@@ -2,9 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tokio::time::timeout;
 
 use super::deliveries::{Claimed, Settlement};
 use super::feeds::{ByTopic, Run, discover, find, replay, take_part};
@@ -35,6 +37,8 @@ struct Acking {
     asked: Vec<RequestId>,
 }
 
+/// How often listening is tried again while the ephemeral lane is away.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How many durable topics of one pattern are opened at the same time.
 const OPENINGS_MAX: usize = 16;
 
@@ -294,7 +298,7 @@ impl Reader {
             }
             _ => None,
         };
-        if matches!(start, Start::After(_)) && subscription.takes(Lane::Ephemeral) {
+        if matches!(start, Start::After(_)) && subscription.is_ephemeral() {
             let message = format!("`{}` is ephemeral and has no positions; use last_n", subscription.pattern);
             return Err(Fault::new(Code::LaneMismatch, message));
         }
@@ -317,13 +321,12 @@ impl Reader {
             // The first one given holds.
             let _ = self.session.client_id.set(client_id);
         }
-        let lanes: Vec<Lane> = subscription.lanes().collect();
         let group = subscription.group.as_ref();
         let durable_group = group.filter(|_| subscription.takes(Lane::Durable));
         let mut ack = Ack {
             request_id,
             topic: Some(subscription.pattern.clone()),
-            lane: (lanes.len() == 1).then(|| lanes[0]),
+            lane: subscription.only_lanes(),
             ts,
             group: group.map(|group| group.name.clone()),
             mode: durable_group.map(|group| group.mode.as_str()),
@@ -356,12 +359,8 @@ impl Reader {
     /// What `last_n` is cut to.
     fn last_n_max(&self, subscription: &Subscription) -> u32 {
         let table = self.session.bridge.policy.table();
-        let history = table
-            .overlapping(&subscription.pattern)
-            .filter(|route| route.lane == Lane::Ephemeral)
-            .map(|route| route.history as u32)
-            .max()
-            .unwrap_or(0);
+        let history =
+            table.overlapping(&subscription.pattern).map(|route| route.ring() as u32).max().unwrap_or(0);
         if subscription.takes(Lane::Durable) { LAST_N_MAX } else { history }
     }
 
@@ -512,12 +511,20 @@ async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, F
         };
         let group = subscription.group.as_ref().map(|group| group.name.as_str());
         let last = if group.is_some() { 0 } else { last };
-        let mut listening = bridge.listen(&subscription.pattern, group, last, subscription.clone()).await?;
-        opened.history = std::mem::take(&mut listening.history);
-        if let Some(since) = since {
-            opened.history.retain(|(_, envelope)| envelope.message.ts >= since);
+        match bridge.listen(&subscription.pattern, group, last, subscription.clone()).await {
+            Ok(mut listening) => {
+                opened.history = std::mem::take(&mut listening.history);
+                if let Some(since) = since {
+                    opened.history.retain(|(_, envelope)| envelope.message.ts >= since);
+                }
+                subscription.keep(listening);
+            }
+            // Storage brings its events; requests can wait until the lane is back.
+            Err(fault) if fault.code == Code::LaneUnavailable && !subscription.is_ephemeral() => {
+                session.spawn(listen_later(subscription.clone()));
+            }
+            Err(fault) => return Err(fault),
         }
-        subscription.keep(listening);
     }
     if subscription.takes(Lane::Durable) {
         let topics = match subscription.pattern.topic() {
@@ -528,7 +535,7 @@ async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, F
         if subscription.group.is_none() {
             let table = bridge.policy.table();
             let is_durable =
-                |topic: &Topic| table.route_for(topic).is_some_and(|route| route.lane == Lane::Durable);
+                |topic: &Topic| table.route_for(topic).is_some_and(|route| route.lane.takes(Lane::Durable));
             topics.extend(session.known(&subscription.pattern).into_iter().filter(is_durable));
         }
         subscription.known().clone_from(&topics);
@@ -559,6 +566,26 @@ async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, F
         }
     }
     Ok(opened)
+}
+
+/// Hears the requests of topics that take both lanes, as soon as the live one can be listened to.
+async fn listen_later(subscription: Arc<Subscription>) {
+    let bridge = subscription.session.bridge.clone();
+    let listening = async {
+        let mut state = bridge.ephemeral.state();
+        loop {
+            match bridge.listen(&subscription.pattern, None, 0, subscription.clone()).await {
+                Ok(listening) => return subscription.keep(listening),
+                Err(fault) if fault.code == Code::LaneUnavailable => {}
+                Err(fault) => {
+                    return subscription.session.outbox.push(Event::Error { request_id: None, fault });
+                }
+            }
+            // A state that does not change is looked at again, in case it was too early.
+            let _ = timeout(LISTEN_AGAIN, state.changed()).await;
+        }
+    };
+    subscription.stop.run_until_cancelled(listening).await;
 }
 
 /// Moves a group on each topic of the pattern that has it now. What this connection held of it there is forgotten.

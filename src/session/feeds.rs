@@ -332,7 +332,7 @@ pub async fn discover(subscription: Arc<Subscription>, mut found: watch::Receive
                 .collect();
             let mut again = false;
             for topic in new {
-                let is_durable = |route: &Arc<Route>| route.lane == Lane::Durable;
+                let is_durable = |route: &Arc<Route>| route.lane.takes(Lane::Durable);
                 if !session.bridge.policy.table().route_for(&topic).is_some_and(is_durable) {
                     continue;
                 }
@@ -416,6 +416,7 @@ pub async fn take_part(
                                 if handed.attempt > 1 {
                                     session.bridge.metrics.redelivered(&route.name);
                                 }
+                                handed.envelope.is_of(route.lane);
                                 let held = session.deliveries.hold(taken, handed.tag, handed.attempt);
                                 number = Some(held);
                                 let delivery = Some(Delivery { number: held, attempt: handed.attempt });

@@ -17,7 +17,7 @@ use super::outbox::{Item, SubscriptionNo};
 use super::shared::Shared;
 use crate::filter::Filter;
 use crate::lane::contract::{Ear, Listening};
-use crate::message::{Envelope, Lane};
+use crate::message::{Envelope, Lane, Lanes};
 use crate::policy::table::{Route, RouteTable, Template};
 use crate::topic::{Pattern, Topic};
 use crate::wire::verbs::{Event, GapReason, Group, Info};
@@ -55,7 +55,7 @@ struct Hold {
 }
 
 /// Which routes a pattern meets, as far as it matters to where its messages come from.
-pub type Plan = Vec<(Pattern, Lane, Template, Template)>;
+pub type Plan = Vec<(Pattern, Lanes, Template, Template)>;
 
 pub fn plan(table: &RouteTable, pattern: &Pattern) -> Plan {
     let part =
@@ -111,7 +111,23 @@ impl Subscription {
 
     /// Whether some topic of this subscription takes the lane.
     pub fn takes(&self, lane: Lane) -> bool {
-        self.plan.iter().any(|(_, taken, ..)| *taken == lane)
+        // A group of a topic that takes both is a durable one.
+        let takes = |lanes: &Lanes| {
+            lanes.takes(lane) && (lane == Lane::Durable || *lanes != Lanes::Both || self.group.is_none())
+        };
+        self.plan.iter().any(|(_, lanes, ..)| takes(lanes))
+    }
+
+    /// Whether it has topics that nothing is stored of.
+    pub fn is_ephemeral(&self) -> bool {
+        self.plan.iter().any(|(_, lanes, ..)| !lanes.takes(Lane::Durable))
+    }
+
+    /// What all its topics take, where that is the same.
+    pub fn only_lanes(&self) -> Option<Lanes> {
+        let mut lanes = self.plan.iter().map(|(_, lanes, ..)| *lanes);
+        let first = lanes.next()?;
+        lanes.all(|other| other == first).then_some(first)
     }
 
     /// The lanes that its topics take.
@@ -121,7 +137,11 @@ impl Subscription {
 
     /// Keeps the place in the lane until the subscription ends.
     pub fn keep(&self, listening: Listening) {
-        *self.listening.lock().unwrap_or_else(PoisonError::into_inner) = Some(listening);
+        let mut kept = self.listening.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that has ended looks for it no more.
+        if !self.stop.is_cancelled() {
+            *kept = Some(listening);
+        }
     }
 
     pub fn end(&self) {
@@ -197,6 +217,11 @@ impl Subscription {
 
 impl Ear for Subscription {
     fn hear(&self, route: &Arc<Route>, envelope: &Arc<Envelope>) {
+        // Of a topic that takes both, storage brings everything but requests.
+        if route.lane == Lanes::Both && envelope.reply_to.is_none() {
+            return;
+        }
+        envelope.is_of(route.lane);
         // In a queue group as well: the message is this member's, and nobody else's, to want or not.
         if !self.wants(envelope) || self.group.is_none() && self.session.is_brought_by_another(self, envelope)
         {
@@ -227,9 +252,12 @@ impl Ear for Subscription {
     }
 
     fn missed(&self) {
+        if !self.is_ephemeral() {
+            return;
+        }
         let gap = Event::Gap { topic: self.pattern.clone(), dropped: None, reason: GapReason::Outage };
         let table = self.session.bridge.policy.table();
-        let route = table.overlapping(&self.pattern).find(|route| route.lane == Lane::Ephemeral).cloned();
+        let route = table.overlapping(&self.pattern).find(|route| !route.lane.takes(Lane::Durable)).cloned();
         self.session.outbox.push(Item { event: gap, route, settle: None });
     }
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::code::Fault;
-use crate::message::{Draft, Envelope, GroupMode, Lane, Message, MessageId, Position, Start, Timestamp};
+use crate::message::{
+    Draft, Envelope, GroupMode, Lane, Lanes, Message, MessageId, Position, Start, Timestamp,
+};
 use crate::topic::{Pattern, Topic};
 
 /// One frame from a client: what it wants, and the name under which it waits for the answer.
@@ -140,7 +142,7 @@ pub struct Delivery {
 pub struct Ack {
     pub request_id: Option<Arc<str>>,
     pub topic: Option<Pattern>,
-    pub lane: Option<Lane>,
+    pub lane: Option<Lanes>,
     pub message_id: Option<MessageId>,
     pub position: Option<Position>,
     pub ts: Timestamp,

@@ -20,7 +20,7 @@ use twinspan::lane::contract::{
 use twinspan::lane::tail::Tail;
 use twinspan::message::{Envelope, Message, ReplyTo, Start, Timestamp};
 use twinspan::policy::table::Route;
-use twinspan::server::Lanes;
+use twinspan::server::Carriers;
 use twinspan::session::{self, Manner};
 use twinspan::topic::{Pattern, Topic};
 use twinspan::wire::json::Json;
@@ -184,7 +184,7 @@ async fn flawed() -> Span {
     let policy = policy([ephemeral("telemetry.>", "{topic}"), ephemeral("svc.>", "{topic}")]);
     let bus = Bus::new(policy, 1 << 20);
     let failing = Failing(watch::Sender::new(LaneState::Up));
-    let lanes = Lanes { ephemeral: Arc::new(Flawed(bus)), durable: Arc::new(failing) };
+    let lanes = Carriers { ephemeral: Arc::new(Flawed(bus)), durable: Arc::new(failing) };
     Span::with(Plan { lanes: Some(lanes), ..Plan::default() }).await
 }
 

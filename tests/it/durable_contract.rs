@@ -12,7 +12,9 @@ use futures_util::future::BoxFuture;
 use tokio::time::{Instant, timeout};
 use twinspan::lane::contract::{DurableLane, Handed, Joining, LaneError, LaneState, Member, Publisher};
 use twinspan::lane::tail::Cursor;
-use twinspan::message::{Draft, Envelope, GroupMode, Lane, Message, MessageId, Position, Start, Timestamp};
+use twinspan::message::{
+    Draft, Envelope, GroupMode, Lane, Lanes, Message, MessageId, Position, Start, Timestamp,
+};
 use twinspan::policy::table::{
     Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
 };
@@ -71,7 +73,7 @@ pub fn route(name: &str, pattern: &str, retention: Retention) -> Route {
     Route {
         name: name.into(),
         pattern: Pattern::parse(pattern).unwrap(),
-        lane: Lane::Durable,
+        lane: Lanes::DURABLE,
         nats: Template::parse("{topic}").unwrap(),
         pulsar: Template::parse("persistent://public/default/{topic}").unwrap(),
         history: 100,

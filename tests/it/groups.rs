@@ -19,7 +19,7 @@ use twinspan::lane::tail::Tail;
 use twinspan::message::{Draft, GroupMode, Message, Start, Timestamp};
 use twinspan::policy::table::Route;
 use twinspan::policy::{Policy, source};
-use twinspan::server::Lanes;
+use twinspan::server::Carriers;
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
 use twinspan::wire::json::heard::Heard;
@@ -380,7 +380,7 @@ impl Reluctant {
             Journal::open(&dir.path().join("data"), policy.clone(), Duration::from_secs(5), metrics.clone())
                 .unwrap();
         let lane = Arc::new(Self { log, refuses: false.into(), hangs: false.into() });
-        let lanes = Lanes { ephemeral: Bus::new(policy, 1 << 20), durable: lane.clone() };
+        let lanes = Carriers { ephemeral: Bus::new(policy, 1 << 20), durable: lane.clone() };
         (Span::inside(Plan { lanes: Some(lanes), ..Plan::default() }, dir).await, lane)
     }
 }

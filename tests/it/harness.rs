@@ -15,7 +15,7 @@ use twinspan::lane::settings::{DurableBackend, EphemeralBackend};
 use twinspan::message::{Draft, MessageId};
 use twinspan::policy::Reloader;
 use twinspan::server::app::App;
-use twinspan::server::{Lanes, Running};
+use twinspan::server::{Carriers, Running};
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::wire::json::heard::Heard;
 
@@ -50,6 +50,11 @@ pub const ROUTES: &str = r#"
     name = "mixed-kept"
     topic = "mixed.kept.>"
     lane = "durable"
+
+    [[route]]
+    name = "both"
+    topic = "both.>"
+    lane = "both"
 
     [[route]]
     name = "declared"
@@ -93,7 +98,7 @@ pub struct Plan {
     pub settings: Settings,
     pub own: String,
     /// Lanes of the test's own instead of those in the settings.
-    pub lanes: Option<Lanes>,
+    pub lanes: Option<Carriers>,
 }
 
 impl Plan {
@@ -117,6 +122,13 @@ impl Plan {
             .replace(
                 "lane = \"durable\"",
                 &format!("lane = \"durable\"\npulsar = \"persistent://public/default/{own}.{{topic}}\""),
+            )
+            .replace(
+                "lane = \"both\"",
+                &format!(
+                    "lane = \"both\"\nnats = \"{own}.{{topic}}\"\n\
+                     pulsar = \"persistent://public/default/{own}.{{topic}}\""
+                ),
             );
         plan.own = own;
         Some(plan)
@@ -165,7 +177,7 @@ impl Span {
                 let data_dir = &plan.settings.server.data_dir;
                 let durable =
                     lane::open_durable(&lanes.durable, data_dir, policy, metrics.clone()).await.unwrap();
-                Lanes { ephemeral, durable }
+                Carriers { ephemeral, durable }
             }
         };
         let running = Running::start(plan.settings, reloader, lanes, metrics).await.unwrap();

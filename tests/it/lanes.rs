@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 use twinspan::lane::contract::{Ear, EphemeralLane, LaneState, Listening};
 use twinspan::lane::nats::Nats;
 use twinspan::lane::settings::{EphemeralBackend, EphemeralSettings};
-use twinspan::message::{Draft, Envelope, Lane, Message, MessageId};
+use twinspan::message::{Draft, Envelope, Lanes, Message, MessageId};
 use twinspan::policy::Policy;
 use twinspan::policy::table::{
     Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
@@ -46,7 +46,7 @@ pub fn ephemeral(topics: &str, nats: &str) -> Route {
     Route {
         name: topics.into(),
         pattern: pattern(topics),
-        lane: Lane::Ephemeral,
+        lane: Lanes::EPHEMERAL,
         nats: template(nats),
         pulsar: template("{topic}"),
         history: 100_000,

@@ -11,6 +11,7 @@ mod proxy;
 mod architecture;
 mod clients;
 mod batches;
+mod both;
 mod bench;
 mod defects;
 mod durable_contract;

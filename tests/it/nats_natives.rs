@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use futures_util::StreamExt;
 use twinspan::lane::contract::{EphemeralLane, LaneError};
-use twinspan::message::{Draft, Lane, Timestamp};
+use twinspan::message::{Draft, Lanes, Timestamp};
 use twinspan::policy::Policy;
 use twinspan::policy::table::Route;
 
@@ -139,7 +139,7 @@ async fn a_topic_is_heard_by_the_template_of_its_own_route_alone() {
             ephemeral(">", &format!("{space}.{{topic}}")),
             ephemeral("moved.>", &format!("v2-{space}.{{topic}}")),
             ephemeral("suffixed.>", &format!("{space}.{{topic}}.v3")),
-            Route { lane: Lane::Durable, ..ephemeral("stored.>", &format!("{space}.{{topic}}")) },
+            Route { lane: Lanes::DURABLE, ..ephemeral("stored.>", &format!("{space}.{{topic}}")) },
         ]
     };
     let Some(Bed { client, space, policy, lane }) = Bed::open(routes).await else { return };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use twinspan::message::Lane;
+use twinspan::message::Lanes;
 use twinspan::policy::{self, Reloader};
 use twinspan::telemetry::metrics::Metrics;
 
@@ -49,7 +49,7 @@ impl Watched {
         Self::new(|directory| drop(file(directory, "routes.toml", EPHEMERAL)))
     }
 
-    fn lane(&self) -> Lane {
+    fn lane(&self) -> Lanes {
         self.reloader.policy().table().routes()[0].lane
     }
 
@@ -67,7 +67,7 @@ async fn a_file_written_in_place_is_reloaded_each_time() {
     let watched = Watched::written();
     let mut changes = watched.reloader.policy().changes();
     // The first may be seen by the look at the start, the second only by the watch.
-    for (text, lane) in [(DURABLE, Lane::Durable), (EPHEMERAL, Lane::Ephemeral)] {
+    for (text, lane) in [(DURABLE, Lanes::DURABLE), (EPHEMERAL, Lanes::EPHEMERAL)] {
         file(&watched.directory, "routes.toml", text);
         tokio::time::timeout(PATIENCE, changes.changed()).await.unwrap().unwrap();
         assert_eq!(watched.lane(), lane);
@@ -77,7 +77,8 @@ async fn a_file_written_in_place_is_reloaded_each_time() {
 #[tokio::test]
 async fn a_file_renamed_over_the_old_one_is_reloaded_each_time() {
     let watched = Watched::written();
-    for (text, lane) in [(DURABLE, Lane::Durable), (EPHEMERAL, Lane::Ephemeral), (DURABLE, Lane::Durable)] {
+    for (text, lane) in [(DURABLE, Lanes::DURABLE), (EPHEMERAL, Lanes::EPHEMERAL), (DURABLE, Lanes::DURABLE)]
+    {
         let new = file(&watched.directory, "routes.toml.new", text);
         fs::rename(new, watched.directory.path().join("routes.toml")).unwrap();
         watched.until("the new lane", |watched| watched.lane() == lane).await;
@@ -98,7 +99,7 @@ async fn a_link_swapped_as_kubernetes_does_is_reloaded_each_time() {
         symlink("..data/routes.toml", directory.path().join("routes.toml")).unwrap();
     });
     for (name, before, text, lane) in
-        [("..2", "..1", DURABLE, Lane::Durable), ("..3", "..2", EPHEMERAL, Lane::Ephemeral)]
+        [("..2", "..1", DURABLE, Lanes::DURABLE), ("..3", "..2", EPHEMERAL, Lanes::EPHEMERAL)]
     {
         version(&watched.directory, name, text);
         fs::remove_dir_all(watched.directory.path().join(before)).unwrap();
@@ -120,7 +121,7 @@ async fn a_bad_file_leaves_the_routes_in_force_and_says_so_until_a_good_one_heal
         watched.until("the refusal", |watched| !watched.reloader.last_reload().ok).await;
         assert!(watched.reloader.reload().is_err());
         assert!(!success(&watched));
-        assert_eq!(in_force(&watched), (Lane::Ephemeral, generation));
+        assert_eq!(in_force(&watched), (Lanes::EPHEMERAL, generation));
         assert!(!watched.reloader.last_reload().problems.is_empty());
     }
     file(&watched.directory, "routes.toml", BAD);
@@ -131,14 +132,14 @@ async fn a_bad_file_leaves_the_routes_in_force_and_says_so_until_a_good_one_heal
     fs::remove_file(watched.directory.path().join("routes.toml")).unwrap();
     let gone = |watched: &Watched| watched.reloader.last_reload().problems[0].contains("cannot read");
     watched.until("that it is gone", gone).await;
-    assert_eq!(in_force(&watched), (Lane::Ephemeral, generation));
+    assert_eq!(in_force(&watched), (Lanes::EPHEMERAL, generation));
 
     file(&watched.directory, "routes.toml", EPHEMERAL);
     watched.until("health", |watched| watched.reloader.last_reload().ok && success(watched)).await;
-    assert_eq!(in_force(&watched), (Lane::Ephemeral, generation), "the same routes are no change");
+    assert_eq!(in_force(&watched), (Lanes::EPHEMERAL, generation), "the same routes are no change");
 
     file(&watched.directory, "routes.toml", DURABLE);
-    watched.until("the new lane", |watched| watched.lane() == Lane::Durable).await;
+    watched.until("the new lane", |watched| watched.lane() == Lanes::DURABLE).await;
 }
 
 #[test]

@@ -121,7 +121,7 @@ retantion = { age = "7d" }
 history = 5
 [[route]]
 topic = "orders..x"
-lane = "both"
+lane = "neither"
 [[route]]
 name = "b"
 lane = "ephemeral"

@@ -125,13 +125,18 @@ async fn up(lane: Lane, mut state: watch::Receiver<LaneState>) -> Result<()> {
     Ok(())
 }
 
+/// The one that is measured: of two, storage.
+fn carrier(route: &Route) -> Lane {
+    if route.lane.takes(Lane::Durable) { Lane::Durable } else { Lane::Ephemeral }
+}
+
 #[async_trait]
 impl Target for Direct {
     async fn publisher(&self, topic: &str, payload: &Payload) -> Result<Line> {
         let (route, topic) = self.ground.route(topic)?;
         let (under_way, receipts) = mpsc::channel(UNANSWERED_MAX);
         let payload = payload.clone();
-        let out: Box<dyn Outgoing> = match route.lane {
+        let out: Box<dyn Outgoing> = match carrier(&route) {
             Lane::Durable => {
                 Box::new(Append { lane: self.durable().await?, route, topic, payload, under_way })
             }
@@ -144,7 +149,7 @@ impl Target for Direct {
 
     async fn receiver(&self, topic: &str, how: &How) -> Result<Box<dyn Incoming>> {
         let (route, parsed) = self.ground.route(topic)?;
-        Ok(match (route.lane, how) {
+        Ok(match (carrier(&route), how) {
             (Lane::Durable, How::Plain) => {
                 Box::new(Followed(self.durable().await?.tail(&route, &parsed).await?.follow().0))
             }

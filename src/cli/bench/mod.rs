@@ -366,7 +366,7 @@ impl Plan {
         let topic = self.topic(workload, subject);
         if let Some(ground) = &self.ground {
             let (route, _) = ground.route(&topic)?;
-            ensure!(route.lane == subject.lane, "`{topic}` takes the {} lane", route.lane);
+            ensure!(route.lane.takes(subject.lane), "`{topic}` takes the {} lane", route.lane);
         }
         match workload {
             Workload::Publish => {

@@ -220,7 +220,7 @@ impl DurableLane for Journal {
     async fn topics(&self, pattern: &Pattern) -> Result<Vec<Topic>, LaneError> {
         let table = self.log.policy.table();
         let mut topics = self.log.topics.matching(pattern);
-        topics.retain(|topic| table.route_for(topic).is_some_and(|route| route.lane == Lane::Durable));
+        topics.retain(|topic| table.route_for(topic).is_some_and(|route| route.lane.takes(Lane::Durable)));
         Ok(topics)
     }
 

@@ -56,7 +56,7 @@ impl Writer {
         self.policy_changes.mark_unchanged();
         let table = self.log.policy.table();
         for log in self.log.topics.stored() {
-            if let Some(route) = table.route_for(&log.topic).filter(|route| route.lane == Lane::Durable) {
+            if let Some(route) = table.route_for(&log.topic).filter(|route| route.lane.takes(Lane::Durable)) {
                 *lock(&log.retention) = route.retention;
             }
         }

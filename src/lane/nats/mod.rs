@@ -125,7 +125,7 @@ impl EphemeralLane for Nats {
         self.link.check(&subject, &outgoing)?;
         // Kept before it is sent: an ear that is placed in between finds it in the history and skips the echo.
         let envelope = Arc::new(Envelope::ephemeral(topic.clone(), message, None));
-        let kept = self.upstreams.keep(&envelope, route.history);
+        let kept = self.upstreams.keep(&envelope, route.ring());
         self.link.send(subject, None, outgoing).await?;
         kept.sent();
         Ok(())

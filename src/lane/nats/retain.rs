@@ -57,7 +57,7 @@ pub async fn run(policy: Policy, link: Arc<Link>, upstreams: Arc<Upstreams>, sta
 
 fn wanted(policy: &Policy) -> Vec<Want> {
     let table = policy.table();
-    let retained = table.routes().iter().filter(|route| route.lane == Lane::Ephemeral && route.retain);
+    let retained = table.routes().iter().filter(|route| route.lane.takes(Lane::Ephemeral) && route.retain);
     retained
         .map(|route| Want {
             subject: subjects::subject(&route.nats, &route.pattern),

@@ -14,7 +14,7 @@ pub fn templates(table: &RouteTable, pattern: Option<&Pattern>) -> Vec<Template>
             Some(topic) => table.route_for(&topic).is_some_and(|winner| Arc::ptr_eq(winner, route)),
             None => route.pattern.overlaps(pattern),
         });
-        if reaches && route.lane == Lane::Ephemeral && !templates.contains(&route.nats) {
+        if reaches && route.lane.takes(Lane::Ephemeral) && !templates.contains(&route.nats) {
             templates.push(route.nats.clone());
         }
     }
@@ -53,7 +53,7 @@ pub fn resolve<'a>(table: &RouteTable, templates: &'a [Template], subject: &str)
         match Topic::parse(name) {
             Ok(topic) => {
                 let route = table.route_for(&topic);
-                if let Some(route) = route.filter(|r| r.lane == Lane::Ephemeral && r.nats == *template) {
+                if let Some(route) = route.filter(|r| r.lane.takes(Lane::Ephemeral) && r.nats == *template) {
                     return Resolved::Ours(route.clone(), topic, template);
                 }
             }
@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn a_subject_is_a_topic_by_the_template_of_its_route_and_no_other() {
         let moved = Route { nats: template("v2.{topic}"), ..ephemeral("orders.>") };
-        let stored = Route { lane: Lane::Durable, ..ephemeral("log.>") };
+        let stored = Route { lane: crate::message::Lanes::DURABLE, ..ephemeral("log.>") };
         let table = RouteTable::new([ephemeral(">"), moved, stored]);
         let all = templates(&table, None);
         let resolved = |subject: &str| match resolve(&table, &all, subject) {

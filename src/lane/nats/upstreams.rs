@@ -117,7 +117,7 @@ impl Upstreams {
         }
         place.begin_after(table.seen.now());
         table.history.newest(pattern, last, |topic| {
-            routes.route_for(topic).filter(|route| route.lane == Lane::Ephemeral).cloned()
+            routes.route_for(topic).filter(|route| route.lane.takes(Lane::Ephemeral)).cloned()
         })
     }
 
@@ -261,7 +261,7 @@ impl Table {
             }
         };
         if first {
-            self.history.keep(envelope, route.history);
+            self.history.keep(envelope, route.ring());
         }
         seen
     }

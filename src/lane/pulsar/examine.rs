@@ -35,7 +35,7 @@ pub async fn examine(admin: &Admin, table: &RouteTable) -> Result<Vec<Problem>, 
         problems.push(Problem::new(Default::default(), message));
     }
     let mut namespaces: BTreeMap<String, Option<Kept>> = BTreeMap::new();
-    for (route, written) in table.entries().filter(|(route, _)| route.lane == Lane::Durable) {
+    for (route, written) in table.entries().filter(|(route, _)| route.lane.takes(Lane::Durable)) {
         let at = |key| written.options.get(key).unwrap_or(&written.route).clone();
         let Some(sample) = Physical::parse(route.pulsar.apply("x")) else { continue };
         let namespace = sample.namespace();

@@ -129,7 +129,7 @@ impl Canary {
     /// One for each namespace of the durable routes; at least one.
     fn topics(&self) -> Vec<Physical> {
         let table = self.policy.table();
-        let durable = table.routes().iter().filter(|route| route.lane == Lane::Durable);
+        let durable = table.routes().iter().filter(|route| route.lane.takes(Lane::Durable));
         let canary =
             |topic: Physical| Physical::parse(format!("persistent://{}/{CANARY}", topic.namespace()));
         let found = durable.filter_map(|route| Physical::parse(route.pulsar.apply("x"))).filter_map(canary);

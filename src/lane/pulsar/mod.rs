@@ -234,7 +234,7 @@ impl DurableLane for PulsarLane {
         let mut problems = examine::examine(&self.admin, &table).await?;
         if problems.is_empty() {
             // Topics can be asked for once their namespaces are there.
-            for (route, written) in table.entries().filter(|(route, _)| route.lane == Lane::Durable) {
+            for (route, written) in table.entries().filter(|(route, _)| route.lane.takes(Lane::Durable)) {
                 let topics = self.topics.matching(&route.pattern).await?;
                 problems.extend(examine::schemas(&self.admin, route, written, topics).await?);
             }

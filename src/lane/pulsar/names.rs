@@ -73,11 +73,11 @@ impl Physical {
 /// The topic that a name of the broker's stands for, by the routes in force.
 pub fn topic_of(table: &RouteTable, name: String) -> Option<Topic> {
     let physical = Physical::parse(name)?.whole();
-    let mut durable = table.routes().iter().filter(|route| route.lane == Lane::Durable);
+    let mut durable = table.routes().iter().filter(|route| route.lane.takes(Lane::Durable));
     durable.find_map(|route| {
         let topic = Topic::parse(route.pulsar.unapply(physical.as_str())?).ok()?;
         let winner = table.route_for(&topic)?;
-        (winner.lane == Lane::Durable && winner.pulsar == route.pulsar).then_some(topic)
+        (winner.lane.takes(Lane::Durable) && winner.pulsar == route.pulsar).then_some(topic)
     })
 }
 

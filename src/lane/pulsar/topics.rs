@@ -217,7 +217,7 @@ fn namespaces<'a>(
     routes: impl IntoIterator<Item = &'a Arc<Route>>,
 ) -> Result<BTreeMap<String, String>, LaneError> {
     let mut namespaces: BTreeMap<String, String> = BTreeMap::new();
-    for route in routes.into_iter().filter(|route| route.lane == Lane::Durable) {
+    for route in routes.into_iter().filter(|route| route.lane.takes(Lane::Durable)) {
         let names = Physical::parse(route.pulsar.apply(route.pattern.as_str()))
             .ok_or_else(|| LaneError::BadRequest(format!("route `{}` names no Pulsar topic", route.name)))?;
         let literal = names.local().split(['*', '>']).next().unwrap_or_default();

@@ -133,7 +133,7 @@ fn delivered(envelope: &Envelope, more: impl FnOnce(&mut Object)) -> Bytes {
         out.text("reply_to", &reply_to.address);
     }
     out.message(&envelope.message);
-    out.text("lane", envelope.lane.as_str());
+    out.text("lane", envelope.lanes().as_str());
     if let Some(stored) = &envelope.stored {
         out.quoted("position", &stored.position);
     }
@@ -384,7 +384,11 @@ mod tests {
             shown(&Event::Error { request_id: Some("r1".into()), fault }),
             r#"{"type":"error","request_id":"r1","error":{"code":"BAD_REQUEST","message":"message.id is not a UUID","retryable":false},"ts":"1970-01-01T00:00:00.000Z"}"#
         );
-        let ack = Ack { request_id: Some("r1".into()), lane: Some(Lane::Durable), ..Ack::default() };
+        let ack = Ack {
+            request_id: Some("r1".into()),
+            lane: Some(crate::message::Lanes::DURABLE),
+            ..Ack::default()
+        };
         assert_eq!(
             shown(&Event::Ack(ack.into())),
             r#"{"type":"ack","request_id":"r1","status":"ok","lane":"durable","ts":"1970-01-01T00:00:00.000Z"}"#

@@ -1,0 +1,146 @@
+//! Topics that take both lanes: live on the one, stored on the other.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use serde_json::json;
+
+use crate::brokers::{Broker, Options, shared_nats};
+use crate::harness::{
+    Plan, Span, draft, eventually, next, next_payload, nothing, on_both_kinds, silent, soon,
+};
+
+on_both_kinds! {
+    a_topic_of_both_lanes_is_stored_and_its_events_come_once_with_their_positions,
+    requests_on_a_topic_of_both_lanes_take_the_live_one_and_are_not_stored,
+    a_group_of_a_topic_of_both_lanes_is_a_durable_one,
+}
+
+async fn a_topic_of_both_lanes_is_stored_and_its_events_come_once_with_their_positions(span: Span) {
+    let mut client = span.client().await;
+    let subscribed = client.subscribe("both.kept.a", nothing()).await.unwrap();
+    assert_eq!(subscribed.lane.as_deref(), Some("both"));
+    client.subscribe("both.>", nothing()).await.unwrap();
+    let mut last = None;
+    for n in ["1", "2", "3"] {
+        let ack = client.publish("both.kept.a", &draft(n)).await.unwrap();
+        assert_eq!((ack.lane.as_deref(), ack.status.as_deref()), (Some("both"), Some("ok")));
+        let event = next(&mut client).await;
+        assert_eq!((event.lane.as_deref(), &event.position), (Some("both"), &ack.position));
+        assert_eq!(event.payload().unwrap(), n.as_bytes());
+        last = ack.position;
+    }
+    silent(&mut client).await;
+    let mut late = span.client().await;
+    late.subscribe("both.*.a", json!({"last_n": 2})).await.unwrap();
+    assert_eq!([next_payload(&mut late).await, next_payload(&mut late).await], ["2", "3"]);
+    assert_eq!(next(&mut late).await.code.as_deref(), Some("REPLAY_DONE"));
+    late.subscribe("both.kept.a", json!({"from": {"position": last}})).await.unwrap();
+    assert_eq!(next(&mut late).await.code.as_deref(), Some("REPLAY_DONE"));
+    let (status, page) = span.get("/topics/both.kept.a/messages").await;
+    assert_eq!((status, page["messages"].as_array().unwrap().len()), (200, 3));
+    assert_eq!(page["messages"][0]["lane"], "both");
+}
+
+async fn requests_on_a_topic_of_both_lanes_take_the_live_one_and_are_not_stored(span: Span) {
+    let (mut service, mut client) = (span.client().await, span.client().await);
+    service.subscribe("both.svc.*", nothing()).await.unwrap();
+    let caller = client.sender();
+    let asking = tokio::spawn(async move {
+        caller.request("both.svc.time", &draft("\"?\""), Duration::from_secs(5)).await.unwrap()
+    });
+    let request = next(&mut service).await;
+    assert_eq!(request.lane.as_deref(), Some("both"));
+    service.reply(&request.reply_to.unwrap(), &draft("12")).await.unwrap();
+    assert_eq!(soon(asking).await.unwrap().payload().unwrap(), b"12");
+    client.subscribe("both.svc.time", json!({"from": "earliest"})).await.unwrap();
+    assert_eq!(next(&mut client).await.code.as_deref(), Some("REPLAY_DONE"));
+    silent(&mut service).await;
+}
+
+async fn a_group_of_a_topic_of_both_lanes_is_a_durable_one(span: Span) {
+    let mut client = span.client().await;
+    let joined =
+        client.subscribe("both.kept.g", json!({"group": "billing", "mode": "failover"})).await.unwrap();
+    assert_eq!((joined.lane.as_deref(), joined.mode.as_deref()), (Some("both"), Some("failover")));
+    client.publish("both.kept.g", &draft("1")).await.unwrap();
+    let event = next(&mut client).await;
+    assert_eq!((event.lane.as_deref(), event.attempt), (Some("both"), Some(1)));
+    client.ack(&[event.delivery.unwrap()]).await.unwrap();
+    silent(&mut client).await;
+}
+
+#[tokio::test]
+async fn native_nats_subscribers_of_a_topic_of_both_lanes_get_copies_in_the_order_of_storage() {
+    let Some(span) = Span::on_brokers().await else { return };
+    let native = async_nats::connect(shared_nats().await.url()).await.unwrap();
+    let mut copies = native.subscribe(format!("{}.both.kept.n", span.own)).await.unwrap();
+    native.flush().await.unwrap();
+    let mut client = span.client().await;
+    client.subscribe("both.kept.n", nothing()).await.unwrap();
+    for n in 0..200 {
+        let frame =
+            json!({"type": "publish", "topic": "both.kept.n", "message": {"payload": n}, "confirm": false});
+        client.send(frame.to_string()).await.unwrap();
+    }
+    for n in 0..200 {
+        assert_eq!(soon(copies.next()).await.unwrap().payload, n.to_string());
+        assert_eq!(next_payload(&mut client).await, n.to_string());
+    }
+    // What a native client says on the live half is for the live half.
+    native.publish(format!("{}.both.kept.n", span.own), "native".into()).await.unwrap();
+    native.flush().await.unwrap();
+    silent(&mut client).await;
+}
+
+#[tokio::test]
+async fn without_its_live_half_a_topic_of_both_lanes_is_stored_and_its_subscribers_miss_nothing() {
+    let Some(mut plan) = Plan::on_brokers().await else { return };
+    let mut nats = Broker::nats(&Options::default()).await;
+    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    let span = Span::with(plan).await;
+    let mut client = span.client().await;
+    client.subscribe("both.kept.o", nothing()).await.unwrap();
+    nats.kill();
+    assert_eq!(next(&mut client).await.code.as_deref(), Some("LANE_DOWN"));
+    let mut late = span.client().await;
+    late.subscribe("both.kept.o", nothing()).await.unwrap();
+    client.publish("both.kept.o", &draft("1")).await.unwrap();
+    assert_eq!([next_payload(&mut client).await, next_payload(&mut late).await], ["1", "1"]);
+    silent(&mut client).await;
+    eventually("the copy is counted as dropped", async || {
+        span.metric("twinspan_dropped_total{lane=\"ephemeral\",reason=\"copy\",route=\"both\"}") == 1.0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_subscribes_while_the_live_half_is_away_is_asked_once_it_is_back() {
+    let Some(mut plan) = Plan::on_brokers().await else { return };
+    let mut nats = Broker::nats(&Options::default()).await;
+    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    let span = Span::with(plan).await;
+    let mut service = span.client().await;
+    nats.kill();
+    eventually("the ephemeral lane is down", async || span.app().status() == "degraded").await;
+    service.subscribe("both.svc.late", nothing()).await.unwrap();
+    nats.restart().await;
+    let caller = span.client().await.sender();
+    let asking = tokio::spawn(async move {
+        // Nobody serves it until the subscription is there.
+        loop {
+            if let Ok(answer) = caller.request("both.svc.late", &draft("1"), Duration::from_secs(1)).await {
+                return answer.payload().unwrap();
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let request = loop {
+        let heard = next(&mut service).await;
+        if heard.kind == "event" {
+            break heard;
+        }
+    };
+    service.reply(&request.reply_to.unwrap(), &draft("2")).await.unwrap();
+    assert_eq!(soon(asking).await.unwrap(), b"2");
+}

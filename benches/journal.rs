@@ -11,7 +11,7 @@ use twinspan::lane::journal::Journal;
 use twinspan::message::{Draft, Lanes};
 use twinspan::policy::Policy;
 use twinspan::policy::table::{
-    Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
+    Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
 };
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
@@ -36,6 +36,7 @@ async fn measure(payload: usize, in_flight: usize, count: usize) {
         retain: false,
         queue: 0,
         overflow: Overflow::DropOldest,
+        live: Live::AfterStore,
         retention: Retention::default(),
         declare: Declare::Auto,
         redelivery: Redelivery::default(),

@@ -198,6 +198,29 @@ pub const RESERVED: &str = "twinspan-";
 /// cross like the publisher's.
 pub const ORIGIN: &str = "twinspan-origin-";
 
+/// The header by which a bridge numbers what it sends live and stores as well. No client gives it or sees it.
+pub const LIVE: &str = "twinspan-live";
+
+/// Which of a bridge's live messages a message is, as `BRIDGE-NUMBER` in its header. A topic's are stored in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LiveNo {
+    pub bridge: u64,
+    pub number: u64,
+}
+
+impl LiveNo {
+    pub fn of(message: &Message) -> Option<Self> {
+        let (bridge, number) = message.headers.get(LIVE)?.split_once('-')?;
+        Some(Self { bridge: u64::from_str_radix(bridge, 16).ok()?, number: number.parse().ok()? })
+    }
+}
+
+impl fmt::Display for LiveNo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}-{}", self.bridge, self.number)
+    }
+}
+
 /// The publisher's own fields: a flat map, carried in NATS headers and Pulsar properties.
 pub type Headers = BTreeMap<String, String>;
 

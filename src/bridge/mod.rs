@@ -4,13 +4,13 @@
 //!              ┌─ ephemeral ─▶ handed over
 //! publish ──▶ route
 //!              ├─ durable ───▶ in line ··receipt··▶ stored
-//!              └─ both ──────▶ in line ··receipt··▶ stored, and a copy handed over
+//!              └─ both ──────▶ in line ··receipt··▶ stored, and handed over then or at once
 //! ```
 //! A publish has two moments: it has its place in the order, and its outcome is known. A caller who waits only for
 //! the first keeps its order and can have many under way.
 
+mod both;
 pub mod catalog;
-mod copies;
 pub mod delivery;
 pub mod groups;
 pub mod filters;
@@ -23,15 +23,17 @@ use tokio::sync::broadcast;
 
 use crate::lane::contract::{DurableLane, Ear, EphemeralLane, Joining, LaneError, Listening, Publisher};
 use crate::lane::follow::Follow;
-use crate::message::{Draft, Lane, Lanes, Message, MessageId, Position, ReplyTo, Start, Timestamp};
+use crate::message::{
+    Draft, LIVE, Lane, Lanes, Message, MessageId, Position, RESERVED, ReplyTo, Start, Timestamp,
+};
 use crate::policy::Policy;
 use crate::policy::table::{Declare, Route};
 use crate::telemetry::metrics::Metrics;
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::Group;
+use both::Both;
 use catalog::Catalog;
-use copies::Copies;
 use delivery::{GroupMember, Surroundings};
 use filters::Filters;
 use groups::Groups;
@@ -43,7 +45,7 @@ pub struct Bridge {
     pub policy: Policy,
     pub ephemeral: Arc<dyn EphemeralLane>,
     pub durable: Arc<dyn DurableLane>,
-    copies: Copies,
+    both: Both,
     pub catalog: Arc<Catalog>,
     pub groups: Arc<Groups>,
     pub filters: Filters,
@@ -94,12 +96,12 @@ impl Bridge {
         metrics: Arc<Metrics>,
     ) -> Self {
         let filters = Filters::new(metrics.clone());
-        let copies = Copies::new(durable.clone(), ephemeral.clone(), metrics.clone());
+        let both = Both::new(durable.clone(), ephemeral.clone(), metrics.clone());
         Self {
             policy,
             ephemeral,
             durable,
-            copies,
+            both,
             catalog: Arc::new(catalog),
             groups: Arc::default(),
             filters,
@@ -140,7 +142,7 @@ impl Bridge {
             }
             Lane::Durable => {
                 let receipt = self
-                    .copies
+                    .both
                     .append(&route, topic, message, publisher)
                     .await
                     .map_err(fault)
@@ -353,6 +355,12 @@ impl Bridge {
 
     fn admit(&self, route: &Route, topic: &Topic, draft: &Draft) -> Result<(), Fault> {
         self.exists(route, topic)?;
+        if draft.headers.contains_key(LIVE) {
+            let message = format!(
+                "header `{LIVE}` was refused: names that begin with `{RESERVED}` belong to the fabric"
+            );
+            return Err(Fault::bad_request(message));
+        }
         match route.max_payload {
             Some(max) if draft.payload.len() > max => {
                 let size = draft.payload.len();

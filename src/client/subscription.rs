@@ -253,6 +253,13 @@ impl Place {
                 }
                 Ok(Event::read(heard).map(Incoming::Event))
             }
+            "checkpoint" => {
+                // Of events without a position this is what says where to go on.
+                if let (Some(topic), Some(position)) = (heard.topic, heard.position) {
+                    self.reached.insert(topic, position);
+                }
+                Ok(None)
+            }
             "gap" => Ok(Some(Incoming::Gap {
                 topic: heard.topic.unwrap_or_default(),
                 dropped: heard.dropped,

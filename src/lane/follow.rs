@@ -15,6 +15,7 @@ use std::time::Duration;
 use tracing::warn;
 
 use super::contract::{DurableLane, LaneError, Reader};
+use super::recent::Recent;
 use super::tail::{Cursor, Ended, Tail};
 use crate::message::{Envelope, Position, Start};
 use crate::policy::table::Route;
@@ -40,6 +41,8 @@ pub struct Follow {
     reached: Option<Position>,
     /// The first reading of storage was asked for; those that follow repair.
     replaying: bool,
+    /// What was stepped over last, of a topic that is sent live before that.
+    recent: Option<Recent>,
     /// Read, and not yet handed out.
     unread: Option<Vec<Result<Arc<Envelope>, LaneError>>>,
     retry: Duration,
@@ -92,6 +95,7 @@ impl Follow {
             other => (other, None),
         };
         let retry = RETRY_FIRST;
+        let recent = route.is_live_first().then(Recent::default);
         Ok(Self {
             lane,
             route,
@@ -103,6 +107,7 @@ impl Follow {
             start,
             reached,
             replaying,
+            recent,
             unread: None,
             retry,
         })
@@ -119,6 +124,15 @@ impl Follow {
     /// Everything up to here was stepped over, as far as it is known.
     pub fn reached(&self) -> Option<&Position> {
         self.reached.as_ref()
+    }
+
+    /// The messages that were stepped over last, of a topic that is sent live before it is stored.
+    pub fn recent(&self) -> Option<&Recent> {
+        self.recent.as_ref()
+    }
+
+    pub fn take_recent(&mut self) -> Recent {
+        self.recent.replace(Recent::default()).unwrap_or_default()
     }
 
     /// Whether what was asked for from storage is still under way.
@@ -204,6 +218,9 @@ impl Follow {
                 }
                 self.reached = Some(stored.position.clone());
                 envelope.is_of(self.route.lane);
+                if let Some((recent, id)) = self.recent.as_mut().zip(envelope.message.id) {
+                    recent.insert(id);
+                }
             }
             events.push(event);
         }

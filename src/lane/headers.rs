@@ -3,7 +3,7 @@
 //! The bus holds to the same, so that a route which moves from the bus to a broker refuses nobody whom it served.
 
 use super::contract::LaneError;
-use crate::message::Message;
+use crate::message::{LIVE, Message};
 
 /// Names that begin so, in any case, belong to the fabric and to the broker.
 const RESERVED: [&str; 2] = ["twinspan-", "nats-"];
@@ -12,7 +12,7 @@ const RESERVED: [&str; 2] = ["twinspan-", "nats-"];
 pub fn check(message: &Message) -> Result<(), LaneError> {
     for (name, value) in &message.headers {
         let lower = name.to_ascii_lowercase();
-        if let Some(prefix) = RESERVED.iter().find(|prefix| lower.starts_with(**prefix)) {
+        if let Some(prefix) = RESERVED.iter().find(|prefix| lower.starts_with(**prefix) && name != LIVE) {
             return refuse(format!("header `{name}`: names that begin with `{prefix}` belong to the fabric"));
         }
         if name.is_empty() || name.contains(|c: char| !c.is_ascii_graphic() || c == ':') {

@@ -9,6 +9,7 @@ pub mod interest;
 pub mod journal;
 pub mod nats;
 pub mod pulsar;
+pub mod recent;
 pub mod settings;
 pub mod tail;
 
@@ -70,7 +71,7 @@ pub fn install_crypto() {
 mod testing {
     use crate::message::Lanes;
     use crate::policy::table::{
-        Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
+        Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
     };
     use crate::topic::Pattern;
 
@@ -87,6 +88,7 @@ mod testing {
             retain: false,
             queue: 100,
             overflow: Overflow::DropOldest,
+            live: Live::AfterStore,
             retention: Retention::default(),
             declare: Declare::Auto,
             redelivery: Redelivery::default(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::table::{Compression, Declare, Overflow, Retention, Route, RouteTable, Written};
+use super::table::{Compression, Declare, Live, Overflow, Retention, Route, RouteTable, Written};
 use crate::message::{Lane, Lanes};
 use crate::origin::Origin;
 use crate::topic::{Pattern, Topic};
@@ -130,7 +130,7 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
         ]);
     }
     if route.lane == Lanes::Both {
-        rows.push(shown("live", json!("after_store")));
+        rows.push(shown("live", live(route.live)));
     }
     rows.push(shown("max_payload", json!(route.max_payload.map(|bytes| units::show_size(bytes as u64)))));
     rows.push(shown("schema", json!(route.schema.as_ref().map(|schema| &*schema.file))));
@@ -141,6 +141,13 @@ fn overflow(overflow: Overflow) -> Value {
     match overflow {
         Overflow::DropOldest => json!("drop_oldest"),
         Overflow::Disconnect => json!("disconnect"),
+    }
+}
+
+fn live(live: Live) -> Value {
+    match live {
+        Live::AfterStore => json!("after_store"),
+        Live::First => json!("first"),
     }
 }
 

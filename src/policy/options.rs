@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use toml_edit::Item;
 
-use super::table::{Compression, Declare, Overflow, PulsarSchema};
+use super::table::{Compression, Declare, Live, Overflow, PulsarSchema};
 use crate::message::Lanes;
 use crate::units;
 
@@ -133,14 +133,11 @@ pub fn lane(item: &Item) -> Result<Lanes, String> {
     }
 }
 
-pub fn live(item: &Item) -> Result<(), String> {
+pub fn live(item: &Item) -> Result<Live, String> {
     match text(item)? {
-        "after_store" => Ok(()),
-        "first" => {
-            Err("\"first\" is not in this build: with \"after_store\" subscribers get what is stored"
-                .to_owned())
-        }
-        other => Err(one_of(other, &["after_store"])),
+        "after_store" => Ok(Live::AfterStore),
+        "first" => Ok(Live::First),
+        other => Err(one_of(other, &["after_store", "first"])),
     }
 }
 

@@ -108,7 +108,7 @@ impl<'a> Reader<'a> {
         let nats = self.optional("nats", |item| naming::nats(text(item)?).map_err(|e| e.to_string()));
         let pulsar = self.optional("pulsar", |item| naming::pulsar(text(item)?).map_err(|e| e.to_string()));
         self.optional("outage", options::outage);
-        self.optional("live", options::live);
+        let live = self.optional("live", options::live);
         let history = self.optional("history", |item| options::count(item, 0, options::HISTORY_MAX));
         let retain = self.optional("retain", options::flag);
         let queue = self.optional("queue", |item| options::count(item, 1, options::QUEUE_MAX));
@@ -140,6 +140,7 @@ impl<'a> Reader<'a> {
             retain: retain.unwrap_or(false),
             queue: queue.unwrap_or(options::QUEUE_DEFAULT),
             overflow: overflow.unwrap_or(Overflow::DropOldest),
+            live: live.unwrap_or_default(),
             retention,
             declare: declare.unwrap_or(Declare::Auto),
             redelivery,
@@ -520,7 +521,7 @@ mod tests {
                 "publish: no authentication is configured in this build",
             ),
             ("durable", "live = \"after_store\"", "live is an option of a route of both lanes"),
-            ("both", "live = \"first\"", "live: \"first\" is not in this build"),
+            ("both", "live = \"now\"", "live: expected \"after_store\" or \"first\", found \"now\""),
             ("fast", "", "lane: expected \"ephemeral\" or \"durable\" or \"both\", found \"fast\""),
         ];
         for (lane, line, expected) in table {

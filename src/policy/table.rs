@@ -28,6 +28,8 @@ pub struct Route {
     /// How many of this route's events may wait for one client.
     pub queue: usize,
     pub overflow: Overflow,
+    /// Where a topic takes both lanes.
+    pub live: Live,
     pub retention: Retention,
     pub declare: Declare,
     pub redelivery: Redelivery,
@@ -40,6 +42,11 @@ pub struct Route {
 }
 
 impl Route {
+    /// Whether its topics are sent live at once and stored at the same time.
+    pub fn is_live_first(&self) -> bool {
+        self.lane == Lanes::Both && self.live == Live::First
+    }
+
     /// How long the ring of a topic is; where storage has its history, there is none.
     pub fn ring(&self) -> usize {
         if self.lane.takes(Lane::Durable) { 0 } else { self.history }
@@ -51,6 +58,16 @@ impl Route {
 pub enum Overflow {
     DropOldest,
     Disconnect,
+}
+
+/// What subscribers of a topic of both lanes get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Live {
+    /// What is stored; who listens at the live half's broker gets a copy of it.
+    #[default]
+    AfterStore,
+    /// Whichever of the two comes first.
+    First,
 }
 
 /// Whether a topic exists by being used, or has to be created first.

@@ -2,14 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use tokio::time::timeout;
 
 use super::deliveries::{Claimed, Settlement};
 use super::feeds::{ByTopic, Run, discover, find, replay, take_part};
+use super::live;
 use super::outbox::Item;
 use super::reader::Reader;
 use super::shared::Shared;
@@ -37,8 +36,6 @@ struct Acking {
     asked: Vec<RequestId>,
 }
 
-/// How often listening is tried again while the ephemeral lane is away.
-const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How many durable topics of one pattern are opened at the same time.
 const OPENINGS_MAX: usize = 16;
 
@@ -571,21 +568,12 @@ async fn open(subscription: Arc<Subscription>, start: Start) -> Result<Opened, F
 /// Hears the requests of topics that take both lanes, as soon as the live one can be listened to.
 async fn listen_later(subscription: Arc<Subscription>) {
     let bridge = subscription.session.bridge.clone();
-    let listening = async {
-        let mut state = bridge.ephemeral.state();
-        loop {
-            match bridge.listen(&subscription.pattern, None, 0, subscription.clone()).await {
-                Ok(listening) => return subscription.keep(listening),
-                Err(fault) if fault.code == Code::LaneUnavailable => {}
-                Err(fault) => {
-                    return subscription.session.outbox.push(Event::Error { request_id: None, fault });
-                }
-            }
-            // A state that does not change is looked at again, in case it was too early.
-            let _ = timeout(LISTEN_AGAIN, state.changed()).await;
-        }
-    };
-    subscription.stop.run_until_cancelled(listening).await;
+    let listening = live::listen(&bridge, &subscription.pattern, subscription.clone());
+    match subscription.stop.run_until_cancelled(listening).await {
+        Some(Ok(listening)) => subscription.keep(listening),
+        Some(Err(fault)) => subscription.session.outbox.push(Event::Error { request_id: None, fault }),
+        None => {}
+    }
 }
 
 /// Moves a group on each topic of the pattern that has it now. What this connection held of it there is forgotten.

@@ -10,6 +10,8 @@
 //!
 //! - A subscription to what comes next joins with its ack, and begins there.
 //! - A replay goes on in its subscription's name until it has seen as much as the feed, which waits for the last of it.
+//! - Of a topic that is sent live before it is stored, a feed hears both halves (`merge`), and says every second up to
+//!   where storage has passed it. A replay comes from storage alone until it has seen what the feed is ahead of storage.
 //! - A topic that appears gets its feed with all the subscriptions that match, before another one opens the topic.
 //!
 //! Every feed waits for room in the outbox: a slow client is behind, and nothing is lost to it.
@@ -20,10 +22,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::{debug, warn};
 
 use super::deliveries::Membership;
+use super::live::{self, LiveHalf};
+use super::merge::Merge;
 use super::outbox::{Item, SubscriptionNo};
 use super::shared::Shared;
 use super::subscription::Subscription;
@@ -33,12 +38,15 @@ use crate::bridge::filters::Filters;
 use crate::filter::Filter;
 use crate::lane::contract::{LaneError, Tag};
 use crate::lane::follow::{Follow, Step};
+use crate::lane::recent::Recent;
 use crate::message::{Envelope, Lane, Position, Start};
 use crate::policy::table::Route;
-use crate::topic::Topic;
+use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{Delivery, Event, GapReason, Group};
 
+/// How often a feed of a topic that is sent live first says up to where everything was delivered.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(1);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LAST: Duration = Duration::from_secs(5);
 
@@ -87,6 +95,8 @@ struct Feed {
     reached: Option<Position>,
     /// Held by replays that have only to come up to the feed. It waits for them.
     holds: Vec<CancellationToken>,
+    /// Where the topic has a live half.
+    merge: Option<Merge>,
     stop: CancellationToken,
 }
 
@@ -95,6 +105,21 @@ struct Member {
     filter: Option<Arc<Filter>>,
     /// Where it wants it from; `None`: from wherever the feed is.
     after: Option<Position>,
+    /// What it had from storage while the feed was ahead of that, or behind.
+    had: Recent,
+}
+
+/// What a feed lets through, and what that lets through behind it.
+#[derive(Default)]
+struct Passed {
+    first: Option<Event>,
+    behind: Vec<Event>,
+}
+
+impl Passed {
+    fn events(self) -> impl Iterator<Item = Event> {
+        self.first.into_iter().chain(self.behind)
+    }
 }
 
 /// A feed that somebody has to run until it is stopped.
@@ -109,18 +134,18 @@ impl Feeds {
         self.by_topic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether some member wants the event. What none wants is left out, for good.
-    async fn passes(&self, no: u64, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
+    /// Has the feed take its next step, once no replay holds it. What no member wants is left out, for good.
+    async fn step(&self, no: u64, topic: &Topic, mut step: impl FnMut(&mut Feed) -> Passed) -> Passed {
         loop {
             let hold = {
                 let mut feeds = self.lock();
                 // Another may have taken the place of one that was stopped.
-                let Some(feed) = feeds.feeds.get_mut(&envelope.topic).filter(|feed| feed.no == no) else {
-                    return false;
+                let Some(feed) = feeds.feeds.get_mut(topic).filter(|feed| feed.no == no) else {
+                    return Passed::default();
                 };
                 feed.holds.retain(|hold| !hold.is_cancelled());
                 match feed.holds.first() {
-                    None => return feed.passes(envelope, filters),
+                    None => return step(feed),
                     Some(hold) => hold.clone(),
                 }
             };
@@ -142,7 +167,7 @@ impl Feeds {
         let new = plain.iter().filter(|other| other.awaits(way.topic()));
         let members = new.map(|new| {
             new.known().insert(way.topic().clone());
-            (new.no, Member { filter: new.filter.clone(), after: None })
+            (new.no, Member { filter: new.filter.clone(), after: None, had: Recent::default() })
         });
         let members: HashMap<_, _> = members.collect();
         if members.is_empty() { None } else { feeds.join(members, way) }
@@ -158,12 +183,13 @@ impl Feeds {
 
 impl ByTopic {
     /// The subscription hears what comes behind its way, which is to be run where there is no feed yet.
-    pub fn enter(&mut self, subscription: &Subscription, way: Follow) -> Option<Run> {
-        let member = Member { filter: subscription.filter.clone(), after: way.reached().cloned() };
+    pub fn enter(&mut self, subscription: &Subscription, mut way: Follow) -> Option<Run> {
+        let had = if self.feeds.contains_key(way.topic()) { way.take_recent() } else { Recent::default() };
+        let member = Member { filter: subscription.filter.clone(), after: way.reached().cloned(), had };
         self.join(HashMap::from([(subscription.no, member)]), way)
     }
 
-    fn join(&mut self, members: HashMap<SubscriptionNo, Member>, way: Follow) -> Option<Run> {
+    fn join(&mut self, members: HashMap<SubscriptionNo, Member>, mut way: Follow) -> Option<Run> {
         if let Some(feed) = self.feeds.get_mut(way.topic()) {
             feed.members.extend(members);
             return None;
@@ -171,7 +197,8 @@ impl ByTopic {
         self.count += 1;
         let (no, stop) = (self.count, CancellationToken::new());
         let reached = way.reached().cloned();
-        let feed = Feed { no, members, reached, holds: Vec::new(), stop: stop.clone() };
+        let merge = way.route().is_live_first().then(|| Merge::new(way.take_recent()));
+        let feed = Feed { no, members, reached, holds: Vec::new(), merge, stop: stop.clone() };
         self.feeds.insert(way.topic().clone(), feed);
         Some(Run { no, way, stop })
     }
@@ -179,7 +206,11 @@ impl ByTopic {
     /// Whether nothing has been brought or left out that the way has yet to come to.
     fn is_met_by(&self, way: &Follow) -> bool {
         let is_seen = |feed: &Position| way.reached().is_some_and(|at| feed.is_within(at));
-        self.reached(way.topic()).is_none_or(is_seen) && self.ended.get(way.topic()).is_none_or(is_seen)
+        let merge = self.feeds.get(way.topic()).and_then(|feed| feed.merge.as_ref());
+        let has_had = |id| way.recent().is_some_and(|recent| recent.contains(id));
+        self.reached(way.topic()).is_none_or(is_seen)
+            && self.ended.get(way.topic()).is_none_or(is_seen)
+            && merge.is_none_or(|merge| merge.ahead().all(has_had))
     }
 
     /// Where the feed of a topic is, if there is one and it has come anywhere.
@@ -204,11 +235,44 @@ impl ByTopic {
 }
 
 impl Feed {
-    fn passes(&mut self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
-        let Some(stored) = &envelope.stored else { return false };
+    /// Storage brings an event.
+    fn stored(&mut self, envelope: &Arc<Envelope>, filters: &Filters) -> Passed {
+        let Some(stored) = &envelope.stored else { return Passed::default() };
         self.reached = Some(stored.position.clone());
-        let is_new = |after: &Position| !after.covers(stored.partition, stored.place);
-        let mut due = self.members.values().filter(|member| member.after.as_ref().is_none_or(is_new));
+        let is_wanted = self.wants(envelope, filters);
+        let Some(merge) = &mut self.merge else {
+            return Passed { first: is_wanted.then(|| Event::Live(envelope.clone())), behind: Vec::new() };
+        };
+        let (is_new, released) = merge.stored(envelope, Instant::now());
+        let first = (is_new && is_wanted).then(|| Event::Late(envelope.clone()));
+        Passed { first, behind: self.wanted(released, filters) }
+    }
+
+    /// The live half brings one.
+    fn live(&mut self, envelope: &Arc<Envelope>, filters: &Filters) -> Passed {
+        let turn = self.merge.as_mut().and_then(|merge| merge.live(envelope.clone(), Instant::now()));
+        Passed { first: None, behind: self.wanted(turn, filters) }
+    }
+
+    /// Nobody brings what was waited for.
+    fn expire(&mut self, filters: &Filters) -> Passed {
+        let released = self.merge.as_mut().map(|merge| merge.expire(Instant::now()));
+        Passed { first: None, behind: self.wanted(released.unwrap_or_default(), filters) }
+    }
+
+    fn wanted(&self, envelopes: impl IntoIterator<Item = Arc<Envelope>>, filters: &Filters) -> Vec<Event> {
+        let wanted = envelopes.into_iter().filter(|envelope| self.wants(envelope, filters));
+        wanted.map(Event::Live).collect()
+    }
+
+    fn wants(&self, envelope: &Arc<Envelope>, filters: &Filters) -> bool {
+        let is_new = |member: &&Member| match (&envelope.stored, &envelope.message.id) {
+            (Some(stored), _) => {
+                member.after.as_ref().is_none_or(|after| !after.covers(stored.partition, stored.place))
+            }
+            (None, id) => id.is_none_or(|id| !member.had.contains(&id)),
+        };
+        let mut due = self.members.values().filter(is_new);
         // Who wants everything needs no look at the message.
         due.clone().any(|member| member.filter.is_none())
             || due
@@ -220,32 +284,102 @@ impl Run {
     /// Carries the live events of a topic to the outbox, as long as somebody wants any.
     pub async fn run(self, session: Arc<Shared>) {
         let Run { no, mut way, stop } = self;
-        let filters = &session.bridge.filters;
+        let topic = way.topic().clone();
+        let (feeds, filters) = (&session.feeds, &session.bridge.filters);
+        let half = way.route().is_live_first().then(Arc::<LiveHalf>::default);
+        let (mut place, pattern) = (None, Pattern::from(topic.clone()));
+        let mut checked = way.reached().cloned();
         let carry = async {
+            let mut placing =
+                half.clone().map(|half| Box::pin(live::listen(&session.bridge, &pattern, half)));
+            let mut tick = interval(CHECKPOINT_EVERY);
+            tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
-                match way.next().await {
-                    Ok(Step::Events(events)) => {
-                        for event in events {
-                            let event = match event {
-                                Ok(envelope) if !session.feeds.passes(no, &envelope, filters).await => {
-                                    continue;
+                let passed = tokio::select! {
+                    step = way.next() => match step {
+                        Ok(Step::Events(events)) => {
+                            for event in events {
+                                match event {
+                                    Ok(envelope) => {
+                                        let step = |feed: &mut Feed| feed.stored(&envelope, filters);
+                                        for event in feeds.step(no, &topic, step).await.events() {
+                                            bring(&session, way.route(), event).await;
+                                        }
+                                    }
+                                    Err(error) => {
+                                        let event = Event::Error { request_id: None, fault: fault(error) };
+                                        bring(&session, way.route(), event).await;
+                                    }
                                 }
-                                Ok(envelope) => Event::Live(envelope),
-                                Err(error) => Event::Error { request_id: None, fault: fault(error) },
-                            };
-                            bring(&session, way.route(), event).await;
+                            }
+                            continue;
                         }
+                        Ok(Step::Missed) => Passed { first: Some(missed(&way)), ..Passed::default() },
+                        Ok(Step::CaughtUp) => continue,
+                        Err(error) => return session.outbox.push(ended(&topic, error)),
+                    },
+                    envelope = next_of(half.as_deref()) => {
+                        feeds.step(no, &topic, |feed| feed.live(&envelope, filters)).await
                     }
-                    Ok(Step::Missed) => bring(&session, way.route(), missed(&way)).await,
-                    Ok(Step::CaughtUp) => {}
-                    Err(error) => return session.outbox.push(ended(way.topic(), error)),
+                    placed = settled(&mut placing) => match placed {
+                        Ok(listening) => {
+                            place = Some(listening);
+                            continue;
+                        }
+                        Err(fault) => Passed {
+                            first: Some(Event::Error { request_id: None, fault }),
+                            ..Passed::default()
+                        },
+                    },
+                    _ = tick.tick(), if half.is_some() => {
+                        let mut passed = feeds.step(no, &topic, |feed| feed.expire(filters)).await;
+                        passed.behind.extend(checkpoint(&session, &topic, no, &mut checked));
+                        passed
+                    }
+                };
+                for event in passed.events() {
+                    bring(&session, way.route(), event).await;
                 }
             }
         };
-        if stop.run_until_cancelled(carry).await.is_some() {
+        let is_over = stop.run_until_cancelled(carry).await.is_some();
+        drop(place);
+        if is_over {
             session.feeds.remove(no, way.topic());
         }
     }
+}
+
+/// What a feed without a live half waits for never comes.
+async fn next_of(half: Option<&LiveHalf>) -> Arc<Envelope> {
+    match half {
+        Some(half) => half.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What a future that is there comes to, once.
+async fn settled<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
+    match future {
+        Some(waited) => {
+            let output = waited.await;
+            *future = None;
+            output
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Up to where everything was delivered, where that is further than when it was said last.
+fn checkpoint(session: &Shared, topic: &Topic, no: u64, checked: &mut Option<Position>) -> Option<Event> {
+    let feeds = session.feeds.lock();
+    let reached = feeds.feeds.get(topic).filter(|feed| feed.no == no)?.reached.clone();
+    drop(feeds);
+    if *checked == reached {
+        return None;
+    }
+    *checked = reached.clone();
+    reached.map(|position| Event::Checkpoint { topic: topic.clone(), position })
 }
 
 /// Brings a subscription its replay of one topic, and in its name all that comes until it meets the live feed.

@@ -20,6 +20,8 @@ pub mod subscription;
 pub mod writer;
 
 mod commands;
+mod live;
+mod merge;
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;

@@ -408,9 +408,10 @@ impl Queue {
 /// What a frame counts against the bound.
 fn weight(event: &Event) -> usize {
     match event {
-        Event::Live(envelope) | Event::Replayed { envelope, .. } | Event::Delivered { envelope, .. } => {
-            envelope.weight()
-        }
+        Event::Live(envelope)
+        | Event::Late(envelope)
+        | Event::Replayed { envelope, .. }
+        | Event::Delivered { envelope, .. } => envelope.weight(),
         Event::Response { message, .. } => message.payload.len() + 128,
         _ => 128,
     }
@@ -419,9 +420,10 @@ fn weight(event: &Event) -> usize {
 /// The envelope of an event, where it is one.
 pub fn envelope(event: &Event) -> Option<&Arc<Envelope>> {
     match event {
-        Event::Live(envelope) | Event::Replayed { envelope, .. } | Event::Delivered { envelope, .. } => {
-            Some(envelope)
-        }
+        Event::Live(envelope)
+        | Event::Late(envelope)
+        | Event::Replayed { envelope, .. }
+        | Event::Delivered { envelope, .. } => Some(envelope),
         _ => None,
     }
 }

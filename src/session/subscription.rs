@@ -18,7 +18,7 @@ use super::shared::Shared;
 use crate::filter::Filter;
 use crate::lane::contract::{Ear, Listening};
 use crate::message::{Envelope, Lane, Lanes};
-use crate::policy::table::{Route, RouteTable, Template};
+use crate::policy::table::{Live, Route, RouteTable, Template};
 use crate::topic::{Pattern, Topic};
 use crate::wire::verbs::{Event, GapReason, Group, Info};
 
@@ -55,11 +55,12 @@ struct Hold {
 }
 
 /// Which routes a pattern meets, as far as it matters to where its messages come from.
-pub type Plan = Vec<(Pattern, Lanes, Template, Template)>;
+pub type Plan = Vec<(Pattern, Lanes, Live, Template, Template)>;
 
 pub fn plan(table: &RouteTable, pattern: &Pattern) -> Plan {
-    let part =
-        |route: &Arc<Route>| (route.pattern.clone(), route.lane, route.nats.clone(), route.pulsar.clone());
+    let part = |route: &Arc<Route>| {
+        (route.pattern.clone(), route.lane, route.live, route.nats.clone(), route.pulsar.clone())
+    };
     match pattern.topic() {
         Some(topic) => table.route_for(&topic).map(part).into_iter().collect(),
         None => table.overlapping(pattern).map(part).collect(),

@@ -100,6 +100,13 @@ pub enum Event {
     Ack(Box<Ack>),
     /// A live event outside a group: the same bytes for every subscriber.
     Live(Arc<Envelope>),
+    /// The same, where only storage brought what should have come live.
+    Late(Arc<Envelope>),
+    /// Everything up to here was delivered.
+    Checkpoint {
+        topic: Topic,
+        position: Position,
+    },
     /// An event of a replay.
     Replayed {
         envelope: Arc<Envelope>,

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use serde_json::json;
+use twinspan::client::Client;
+use twinspan::wire::json::heard::Heard;
 
 use crate::brokers::{Broker, Options, shared_nats};
 use crate::harness::{
@@ -14,6 +16,8 @@ on_both_kinds! {
     a_topic_of_both_lanes_is_stored_and_its_events_come_once_with_their_positions,
     requests_on_a_topic_of_both_lanes_take_the_live_one_and_are_not_stored,
     a_group_of_a_topic_of_both_lanes_is_a_durable_one,
+    what_is_sent_live_first_comes_once_and_checkpoints_say_up_to_where_nothing_is_missing,
+    a_replay_of_what_is_sent_live_first_has_no_gap_before_the_live_events,
 }
 
 async fn a_topic_of_both_lanes_is_stored_and_its_events_come_once_with_their_positions(span: Span) {
@@ -143,4 +147,103 @@ async fn who_subscribes_while_the_live_half_is_away_is_asked_once_it_is_back() {
     };
     service.reply(&request.reply_to.unwrap(), &draft("2")).await.unwrap();
     assert_eq!(soon(asking).await.unwrap(), b"2");
+}
+
+async fn what_is_sent_live_first_comes_once_and_checkpoints_say_up_to_where_nothing_is_missing(span: Span) {
+    let mut client = span.client().await;
+    let subscribed = client.subscribe("first.a", nothing()).await.unwrap();
+    assert_eq!(subscribed.lane.as_deref(), Some("both"));
+    client.subscribe("first.*", nothing()).await.unwrap();
+    // A bridge's first message comes with storage.
+    client.publish("first.a", &draft("0")).await.unwrap();
+    let event = next(&mut client).await;
+    assert!(event.late && event.position.is_some(), "{event:?}");
+    let mut last = None;
+    for n in 1..50 {
+        let ack = client.publish("first.a", &draft(n.to_string())).await.unwrap();
+        assert_eq!(ack.status.as_deref(), Some("ok"));
+        last = ack.position;
+    }
+    for n in 1..50 {
+        let event = next_event(&mut client).await;
+        assert_eq!(event.payload().unwrap(), n.to_string().as_bytes());
+        assert_eq!((event.lane.as_deref(), event.position, event.late), (Some("both"), None, false));
+        assert!(event.frame.find("twinspan-live").is_none(), "{}", event.frame);
+    }
+    loop {
+        let checkpoint = next(&mut client).await;
+        assert_eq!((checkpoint.kind.as_str(), checkpoint.topic.as_deref()), ("checkpoint", Some("first.a")));
+        if checkpoint.position == last {
+            break;
+        }
+    }
+    silent(&mut client).await;
+    let mut again = span.client().await;
+    again.subscribe("first.a", json!({"from": {"position": last}})).await.unwrap();
+    assert_eq!(next(&mut again).await.code.as_deref(), Some("REPLAY_DONE"));
+    client.publish("first.a", &draft("50")).await.unwrap();
+    for client in [&mut client, &mut again] {
+        assert_eq!(next_event(client).await.payload().unwrap(), b"50");
+    }
+}
+
+async fn a_replay_of_what_is_sent_live_first_has_no_gap_before_the_live_events(span: Span) {
+    let mut client = span.client().await;
+    client.subscribe("first.r", nothing()).await.unwrap();
+    for n in 0..20 {
+        client.publish("first.r", &draft(n.to_string())).await.unwrap();
+    }
+    // Beside a feed that is ahead of storage.
+    client.subscribe("first.*", json!({"last_n": 5})).await.unwrap();
+    let replayed = async |client: &mut Client| loop {
+        let heard = next_event(client).await;
+        if heard.subscription.is_some() {
+            break heard;
+        }
+    };
+    for n in 15..20 {
+        let event = replayed(&mut client).await;
+        assert_eq!((event.payload().unwrap(), event.late), (n.to_string().into_bytes(), false));
+    }
+    client.publish("first.r", &draft("20")).await.unwrap();
+    assert_eq!(next_event(&mut client).await.payload().unwrap(), b"20");
+}
+
+#[tokio::test]
+async fn what_the_live_half_loses_comes_late_from_storage() {
+    let Some(mut plan) = Plan::on_brokers().await else { return };
+    let mut nats = Broker::nats(&Options::default()).await;
+    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    let span = Span::with(plan).await;
+    let mut client = span.client().await;
+    client.subscribe("first.l", nothing()).await.unwrap();
+    for n in ["0", "1"] {
+        client.publish("first.l", &draft(n)).await.unwrap();
+        assert_eq!(next_event(&mut client).await.late, n == "0");
+    }
+    nats.kill();
+    while next(&mut client).await.code.as_deref() != Some("LANE_DOWN") {}
+    for n in ["2", "3"] {
+        client.publish("first.l", &draft(n)).await.unwrap();
+        let event = next_event(&mut client).await;
+        assert_eq!((event.payload().unwrap(), event.late), (n.into(), true));
+    }
+    nats.restart().await;
+    while next(&mut client).await.code.as_deref() != Some("LANE_UP") {}
+    eventually("events come live again", async || {
+        client.publish("first.l", &draft("4")).await.unwrap();
+        !next_event(&mut client).await.late
+    })
+    .await;
+}
+
+/// The next event, whatever checkpoints come before it.
+async fn next_event(client: &mut Client) -> Heard {
+    loop {
+        let heard = next(client).await;
+        match heard.kind.as_str() {
+            "event" => return heard,
+            _ => assert!(heard.kind == "checkpoint" || heard.code.is_some(), "{heard:?}"),
+        }
+    }
 }

@@ -16,7 +16,7 @@ use twinspan::message::{
     Draft, Envelope, GroupMode, Lane, Lanes, Message, MessageId, Position, Start, Timestamp,
 };
 use twinspan::policy::table::{
-    Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
+    Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
 };
 use twinspan::topic::{Pattern, Topic};
 
@@ -80,6 +80,7 @@ pub fn route(name: &str, pattern: &str, retention: Retention) -> Route {
         retain: false,
         queue: 100,
         overflow: Overflow::DropOldest,
+        live: Live::AfterStore,
         retention,
         declare: Declare::Auto,
         redelivery: Redelivery::default(),

@@ -57,6 +57,12 @@ pub const ROUTES: &str = r#"
     lane = "both"
 
     [[route]]
+    name = "first"
+    topic = "first.>"
+    lane = "both"
+    live = "first"
+
+    [[route]]
     name = "declared"
     topic = "declared.>"
     lane = "durable"

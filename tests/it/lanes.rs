@@ -12,7 +12,7 @@ use twinspan::lane::settings::{EphemeralBackend, EphemeralSettings};
 use twinspan::message::{Draft, Envelope, Lanes, Message, MessageId};
 use twinspan::policy::Policy;
 use twinspan::policy::table::{
-    Compression, Declare, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
+    Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
 };
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
@@ -53,6 +53,7 @@ pub fn ephemeral(topics: &str, nats: &str) -> Route {
         retain: false,
         queue: 100,
         overflow: Overflow::DropOldest,
+        live: Live::AfterStore,
         retention: Retention::default(),
         declare: Declare::Auto,
         redelivery: Redelivery::default(),

@@ -7,6 +7,7 @@
 //! | `twinspan-key` | its key |
 //! | `twinspan-event-time` | when it happened, RFC 3339 |
 //! | `twinspan-timeout-ms` | on a request: how long the requester waits |
+//! | `twinspan-live` | on a topic that is stored as well: its number (`LiveNo`) |
 
 use std::fmt::Display;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use async_nats::{HeaderMap, HeaderName, StatusCode};
 use bytes::Bytes;
 
 use crate::lane::contract::LaneError;
-use crate::message::{Headers, Message, Timestamp};
+use crate::message::{Headers, LIVE, Message, Timestamp};
 
 const ID: &str = "twinspan-id";
 const TS: &str = "twinspan-ts";
@@ -105,7 +106,7 @@ fn publishers(headers: &HeaderMap) -> Headers {
         .iter()
         .filter_map(|(name, values)| {
             let name: &str = name.as_ref();
-            match name.to_ascii_lowercase().starts_with(OURS) {
+            match name.to_ascii_lowercase().starts_with(OURS) && name != LIVE {
                 true => None,
                 false => Some((name.to_owned(), values.first()?.as_str().to_owned())),
             }

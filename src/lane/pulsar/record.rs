@@ -15,7 +15,7 @@ use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata};
 
 use super::frame::{Broken, Entry};
 use crate::lane::contract::LaneError;
-use crate::message::{Headers, Message, MessageId, ORIGIN, Place, RESERVED, Timestamp};
+use crate::message::{Headers, LIVE, Message, MessageId, ORIGIN, Place, RESERVED, Timestamp};
 use crate::policy::table::Compression;
 use crate::topic::Topic;
 
@@ -61,7 +61,8 @@ impl Unreadable {
 
 /// Refuses what would be the fabric's.
 pub fn check(message: &Message) -> Result<(), LaneError> {
-    let is_reserved = |name: &&String| name.starts_with(RESERVED) && !name.starts_with(ORIGIN);
+    let is_reserved =
+        |name: &&String| name.starts_with(RESERVED) && !name.starts_with(ORIGIN) && *name != LIVE;
     match message.headers.keys().find(is_reserved) {
         Some(name) => Err(LaneError::BadRequest(format!(
             "header `{name}` was refused: names that begin with `{RESERVED}` belong to the fabric"

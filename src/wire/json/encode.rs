@@ -8,7 +8,7 @@ use bytes::Bytes;
 use serde_json::value::RawValue;
 
 use super::nesting::{DEPTH_MAX, depth};
-use crate::message::{Draft, Envelope, Headers, Message, MessageId, Timestamp};
+use crate::message::{Draft, Envelope, Headers, LIVE, Message, MessageId, Timestamp};
 use crate::wire::code::Fault;
 use crate::wire::verbs::{Accepted, Ack, Event, Info};
 
@@ -16,6 +16,13 @@ pub fn event(event: &Event, now: Timestamp) -> Bytes {
     match event {
         Event::Ack(ack) => acknowledgement(ack),
         Event::Live(envelope) => envelope.encoded(|envelope| delivered(envelope, |_| {})),
+        Event::Late(envelope) => delivered(envelope, |out| out.plain("late", true)),
+        Event::Checkpoint { topic, position } => {
+            let mut out = Object::frame("checkpoint", None);
+            out.text("topic", topic.as_str());
+            out.quoted("position", position);
+            out.ended(now)
+        }
         Event::Replayed { envelope, subscription } => {
             delivered(envelope, |out| out.text("subscription", subscription.as_str()))
         }
@@ -88,9 +95,9 @@ fn value(
     if let Some(key) = key {
         out.text("key", key);
     }
-    if !headers.is_empty() {
+    if headers.keys().any(|name| name != LIVE) {
         let mut map = Object::new();
-        for (name, value) in headers {
+        for (name, value) in headers.iter().filter(|(name, _)| *name != LIVE) {
             map.text(name, value);
         }
         out.name("headers");

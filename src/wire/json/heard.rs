@@ -28,6 +28,8 @@ pub struct Heard {
     pub delivery: Option<u64>,
     pub attempt: Option<u32>,
     pub reply_to: Option<String>,
+    #[serde(default)]
+    pub late: bool,
     pub dropped: Option<u64>,
     pub reason: Option<String>,
     pub code: Option<String>,

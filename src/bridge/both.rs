@@ -1,12 +1,19 @@
-//! What native subscribers of the ephemeral lane get of topics that take both: a copy of each message once it is stored.
+//! Publishing to topics that take both lanes.
 //!
 //! ```text
-//! append ──▶ durable lane ──receipt──┬──▶ the publisher's answer
-//!                                    └──▶ copy, in the order of the appends ──▶ ephemeral lane
+//! after_store:  append ──▶ durable lane ──receipt──▶ copy ──▶ ephemeral lane
+//! first:        append ──▶ durable lane
+//!                  └─────▶ ephemeral lane, at once
 //! ```
-//! A copy that the ephemeral lane cannot take now is dropped and counted: there it is delivered at most once.
+//! A message has its place in line for storage before anything of it is sent live, so one that storage cannot take now
+//! was sent nowhere. The live half has a topic's messages in the order of the appends; what it cannot take is dropped
+//! there and counted, and subscribers of the bridge get it from storage.
+//!
+//! What is sent before it is stored has a number (`LiveNo`), so that whoever begins to listen knows when storage has
+//! brought everything before it.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use futures_util::FutureExt;
@@ -14,20 +21,24 @@ use futures_util::future::{BoxFuture, Shared};
 use tokio::sync::{Mutex as Turn, mpsc};
 
 use crate::lane::contract::{DurableLane, EphemeralLane, LaneError, Publisher, Receipt};
-use crate::message::{Lane, Lanes, Message, Position};
+use crate::lane::headers;
+use crate::message::{LIVE, Lane, Lanes, LiveNo, Message, Position};
 use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
 use crate::topic::Topic;
 
-/// Copies of one topic that wait for their receipt; the publisher waits while there are as many.
+/// Copies of one topic on their way; the publisher waits while there are as many.
 const WAITING: usize = 16 << 10;
-/// Topics without copies are forgotten when there are so many, and twice as many the next time.
+/// Topics without any are forgotten when there are so many, and twice as many the next time.
 const SWEEP_MIN: usize = 1024;
 
-pub struct Copies {
+pub struct Both {
     durable: Arc<dyn DurableLane>,
     ephemeral: Arc<dyn EphemeralLane>,
     metrics: Arc<Metrics>,
+    /// Names this process to other bridges.
+    bridge: u64,
+    numbers: AtomicU64,
     lines: Mutex<Lines>,
 }
 
@@ -44,37 +55,49 @@ struct Line {
     copies: mpsc::Sender<Copy>,
 }
 
+type Stored = Shared<BoxFuture<'static, Result<Position, LaneError>>>;
+
 struct Copy {
     route: Arc<Route>,
     message: Message,
-    stored: Shared<BoxFuture<'static, Result<Position, LaneError>>>,
+    stored: Stored,
     _line: Arc<Line>,
 }
 
-impl Copies {
+impl Both {
     pub fn new(
         durable: Arc<dyn DurableLane>,
         ephemeral: Arc<dyn EphemeralLane>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { durable, ephemeral, metrics, lines: Mutex::default() }
+        let numbers = AtomicU64::new(1);
+        Self { durable, ephemeral, metrics, bridge: fastrand::u64(1..), numbers, lines: Mutex::default() }
     }
 
-    /// As the durable lane's `append`.
+    /// As the durable lane's `append`, for topics of either kind.
     pub async fn append(
         &self,
         route: &Arc<Route>,
         topic: &Topic,
-        message: Message,
+        mut message: Message,
         publisher: Publisher,
     ) -> Result<Receipt, LaneError> {
         if route.lane != Lanes::Both {
             return self.durable.append(route, topic, message, publisher).await;
         }
+        headers::check(&message)?;
         let line = self.line(topic);
         let _turn = line.turn.lock().await;
+        if route.is_live_first() {
+            let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+            message.headers.insert(LIVE.into(), LiveNo { bridge: self.bridge, number }.to_string());
+        }
         let copied = message.clone();
-        let stored = self.durable.append(route, topic, message, publisher).await?.shared();
+        let appended = self.durable.append(route, topic, message, publisher).await?;
+        let stored = match route.is_live_first() {
+            true => appended.map(|stored| stored.map_err(sent_live)).boxed().shared(),
+            false => appended.shared(),
+        };
         let copy =
             Copy { route: route.clone(), message: copied, stored: stored.clone(), _line: line.clone() };
         // The other end is there as long as the line is.
@@ -107,8 +130,16 @@ async fn copy(
     mut waiting: mpsc::Receiver<Copy>,
 ) {
     while let Some(Copy { route, message, stored, _line }) = waiting.recv().await {
-        if stored.await.is_ok() && ephemeral.publish(&route, &topic, message).await.is_err() {
+        let is_due = route.is_live_first() || stored.await.is_ok();
+        if is_due && ephemeral.publish(&route, &topic, message).await.is_err() {
             metrics.dropped(Lane::Ephemeral, &route.name, "copy", 1);
         }
+    }
+}
+
+fn sent_live(error: LaneError) -> LaneError {
+    match error {
+        LaneError::OutcomeUnknown(why) => LaneError::OutcomeUnknown(why),
+        other => LaneError::OutcomeUnknown(format!("the message was sent live, and then: {other}")),
     }
 }

@@ -9,10 +9,10 @@ use pulsar::{ProducerOptions, Pulsar, TokioExecutor, producer};
 use reqwest::{Client, Method, StatusCode};
 use serde_json::Value;
 use tokio::time::{Instant, timeout};
-use twinspan::lane::contract::{DurableLane, Handed, LaneState, Member, Publisher, Tag};
+use twinspan::lane::contract::{DurableLane, Handed, Joining, LaneState, Member, Publisher, Tag};
 use twinspan::lane::pulsar::PulsarLane;
 use twinspan::lane::settings::{DurableBackend, DurableSettings};
-use twinspan::message::{Envelope, MessageId, Position};
+use twinspan::message::{Envelope, GroupMode, MessageId, Position, Start};
 use twinspan::policy::Policy;
 use twinspan::policy::table::{Retention, Route, RouteTable, Template};
 use twinspan::telemetry::metrics::Metrics;
@@ -119,8 +119,13 @@ impl Bed {
         receipt.await.unwrap()
     }
 
-    async fn join(&self, start: twinspan::message::Start) -> Box<dyn Member> {
+    async fn join(&self, start: Start) -> Box<dyn Member> {
         self.lane.join(&self.route, &self.topic, shared("billing", start, 100)).await.unwrap()
+    }
+
+    async fn join_as(&self, mode: GroupMode) -> Box<dyn Member> {
+        let joining = Joining { mode, ..shared("billing", Start::Earliest, 100) };
+        self.lane.join(&self.route, &self.topic, joining).await.unwrap()
     }
 
     /// Stores these numbers as one batch, as a native client does.

@@ -2,8 +2,8 @@
 
 use super::*;
 use serde_json::json;
-use twinspan::lane::contract::{Joining, Publisher};
-use twinspan::message::{GroupMode, Message, Start};
+use twinspan::lane::contract::Publisher;
+use twinspan::message::Message;
 
 #[tokio::test]
 async fn what_is_acknowledged_of_a_batch_is_done_and_the_others_come_again() {
@@ -156,18 +156,14 @@ async fn in_every_mode_exactly_nine_of_ten_come_again_and_the_report_counts_mess
     for mode in GroupMode::ALL {
         let bed = Bed::shared().await;
         bed.batch(0..10).await;
-        let join = || {
-            let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
-            bed.lane.join(&bed.route, &bed.topic, joining)
-        };
-        let member = join().await.unwrap();
+        let member = bed.join_as(mode).await;
         let held = take(&*member, 10).await;
         member.ack(vec![tag(&held, 3)]).await.unwrap();
         let report = bed.lane.groups(&bed.route, &bed.topic).await.unwrap().remove(0);
         assert_eq!((report.mode, report.backlog, report.members), (Some(mode), 9, 1));
         drop(member);
 
-        let member = join().await.unwrap();
+        let member = bed.join_as(mode).await;
         assert_eq!(sorted(&take(&*member, 9).await), [0, 1, 2, 4, 5, 6, 7, 8, 9], "{mode:?}");
         assert_quiet(&*member).await;
     }
@@ -231,8 +227,7 @@ async fn a_group_that_is_sought_from_elsewhere_gets_everything_again_acknowledge
     let broker = shared_pulsar().await;
     for mode in GroupMode::ALL {
         let bed = Bed::on(broker).await;
-        let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
-        let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+        let member = bed.join_as(mode).await;
         for n in 0..10 {
             bed.publish(n).await;
         }
@@ -280,8 +275,7 @@ async fn what_a_member_held_when_it_left_comes_again_counted_in_every_mode() {
         bed.batch(0..3).await;
         bed.publish(3).await;
         for attempt in 1..=3 {
-            let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
-            let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+            let member = bed.join_as(mode).await;
             let held = take(&*member, 4).await;
             let attempts: Vec<_> = held.iter().map(|handed| handed.attempt).collect();
             assert_eq!((sorted(&held), attempts), ((0..4).collect(), vec![attempt; 4]), "{mode:?}");
@@ -297,8 +291,7 @@ async fn what_a_member_holds_when_its_topic_moves_is_not_handed_to_it_twice() {
     let broker = shared_pulsar().await;
     for mode in GroupMode::ALL {
         let bed = Bed::on(broker).await;
-        let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
-        let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+        let member = bed.join_as(mode).await;
         bed.batch(0..3).await;
         let mut held = take(&*member, 3).await;
         member.nack(vec![tag(&held, 1)], Duration::from_millis(1500)).await.unwrap();
@@ -324,8 +317,7 @@ async fn a_late_acknowledgement_from_before_a_seek_is_none_of_what_came_after_it
     }
     for mode in GroupMode::ALL {
         let bed = Bed::shared().await;
-        let joining = Joining { group: "billing".into(), mode, start: Start::Earliest, prefetch: 100 };
-        let member = bed.lane.join(&bed.route, &bed.topic, joining).await.unwrap();
+        let member = bed.join_as(mode).await;
         bed.batch(0..5).await;
         let before = take(&*member, 5).await;
         bed.lane.seek(&bed.route, &bed.topic, "billing", Start::Earliest).await.unwrap();

@@ -14,7 +14,7 @@ use twinspan::policy::table::{Compression, PulsarSchema};
 use super::load::{EACH, Publishers};
 use super::*;
 use crate::brokers::Options;
-use crate::durable_contract::read;
+use crate::durable_contract::{numbers, read};
 use crate::proxy::Proxy;
 
 /// One broker behind one proxy for the tests of this file, which take turns in breaking it.
@@ -49,14 +49,25 @@ fn publishers(bed: &Bed) -> Publishers {
     Publishers::on(bed, PUBLISHERS, (1, Duration::from_millis(1)), key)
 }
 
+/// A lane through the proxy with its publishers at work: something of each is stored.
+async fn loaded(proxied: &(Broker, Proxy), template: &str) -> (Bed, Publishers) {
+    let bed = through(proxied, template).await;
+    let (mut cursor, _) = bed.lane.tail(&bed.route, &bed.topic).await.unwrap().follow();
+    let load = publishers(&bed);
+    let mut heard = BTreeSet::new();
+    while heard.len() < PUBLISHERS {
+        heard.extend(numbers(&soon(cursor.next(99)).await.unwrap()).into_iter().map(|n| n / EACH));
+    }
+    (bed, load)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_cut_every_200_ms_lose_nothing_confirmed_and_keep_each_keys_order() {
     if left_out() {
         return;
     }
     let proxied = proxied().await;
-    let bed = through(&proxied, "persistent://public/default/{topic}").await;
-    let load = publishers(&bed);
+    let (bed, load) = loaded(&proxied, "persistent://public/default/{topic}").await;
     let cutting = proxied.1.cut_every(Duration::from_millis(200));
     let before = proxied.1.accepted();
     tokio::time::sleep(Duration::from_secs(4)).await;
@@ -75,8 +86,7 @@ async fn a_namespace_that_de_duplicates_has_each_message_once_after_50_cuts() {
     let proxied = proxied().await;
     admin(&proxied.0, Method::PUT, "namespaces/public/once", Value::Null).await;
     admin(&proxied.0, Method::POST, "namespaces/public/once/deduplication", Value::Bool(true)).await;
-    let bed = through(&proxied, "persistent://public/once/{topic}").await;
-    let load = publishers(&bed);
+    let (bed, load) = loaded(&proxied, "persistent://public/once/{topic}").await;
     for _ in 0..50 {
         proxied.1.cut();
         tokio::time::sleep(Duration::from_millis(80)).await;
@@ -95,9 +105,7 @@ async fn five_seconds_of_a_load_balancer_without_a_backend_lose_nothing_confirme
         return;
     }
     let proxied = proxied().await;
-    let bed = through(&proxied, "persistent://public/default/{topic}").await;
-    let load = publishers(&bed);
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (bed, load) = loaded(&proxied, "persistent://public/default/{topic}").await;
     proxied.1.accept_then_close();
     proxied.1.cut();
     let took = is_down(&*bed.lane).await;
@@ -119,9 +127,7 @@ async fn a_black_hole_is_noticed_within_three_seconds_and_nothing_confirmed_is_l
         return;
     }
     let proxied = proxied().await;
-    let bed = through(&proxied, "persistent://public/default/{topic}").await;
-    let load = publishers(&bed);
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (bed, load) = loaded(&proxied, "persistent://public/default/{topic}").await;
     proxied.1.hold();
     let took = is_down(&*bed.lane).await;
     assert!(took < Duration::from_secs(3), "noticed after {took:?}");

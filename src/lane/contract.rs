@@ -290,6 +290,8 @@ pub struct Handed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Tag {
     pub partition: u32,
+    /// Counts the seeks: a late acknowledgement of what was handed out before one is none of what comes after it.
+    pub era: u32,
     pub place: crate::message::Place,
 }
 

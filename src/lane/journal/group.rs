@@ -14,7 +14,6 @@ use super::share::{Share, Todo};
 use super::topics::{TopicLog, lock};
 use crate::lane::contract::{GroupReport, Handed, LaneError, Tag};
 use crate::message::GroupMode;
-use crate::message::Place;
 
 pub struct Group {
     pub name: String,
@@ -37,7 +36,7 @@ struct State {
 
 /// Counts the seeks of a group: what was read, handed out or acknowledged in one era is of no account in the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Era(u64);
+pub struct Era(u32);
 
 /// Why there is no seat.
 pub enum NoSeat {
@@ -219,7 +218,7 @@ impl Group {
             let seq = *seqs.start();
             match found {
                 Ok(envelope) => {
-                    let tag = era.tag(self.topic.place(seq));
+                    let tag = Tag { partition: 0, era: era.0, place: self.topic.place(seq) };
                     state.share.offer(seq, Handed { envelope, attempt: 0, tag });
                 }
                 Err(error) => {
@@ -256,21 +255,15 @@ impl Group {
 }
 
 impl Era {
-    /// The log has no partitions, so the tag says there in which era something was handed out: whoever acknowledges late
-    /// what was handed out before a seek does not acknowledge what came after it.
-    fn tag(self, place: Place) -> Tag {
-        Tag { partition: self.0 as u32, place }
-    }
-
     /// Of these, what was handed out in this era.
     fn seqs(self, tags: &[Tag]) -> Vec<u64> {
-        tags.iter().filter(|tag| **tag == self.tag(tag.place)).map(|tag| tag.place.entry).collect()
+        tags.iter().filter(|tag| tag.era == self.0).map(|tag| tag.place.entry).collect()
     }
 }
 
 impl State {
     fn go_on_from(&mut self, cursor: Cursor) {
-        self.era = Era(self.era.0 + 1);
+        self.era = Era(self.era.0.wrapping_add(1));
         self.share.go_on_from(cursor);
     }
 }

@@ -493,7 +493,7 @@ mod tests {
         let place = Place { ledger: 1, entry: seq, index: 0 };
         let stored = Stored { partition: 0, place, position: Position::Whole(place) };
         let envelope = Arc::new(Envelope::durable(Topic::parse("t").unwrap(), draft.accept(), stored));
-        Handed { envelope, attempt: 0, tag: Tag { partition: 0, place } }
+        Handed { envelope, attempt: 0, tag: Tag { partition: 0, era: 0, place } }
     }
 
     fn keyed(key: u64) -> Draft {

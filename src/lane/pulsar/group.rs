@@ -25,7 +25,7 @@ use super::feed::{Backoff, From};
 use super::held::Lost;
 use super::names::Physical;
 use super::read::{Plan, Source};
-use super::share::{Membership, Settle, Share, partition_of};
+use super::share::{Membership, Settle, Share};
 use crate::lane::contract::{Handed, Joining, LaneError, Member, Tag};
 use crate::message::Start;
 
@@ -72,7 +72,7 @@ impl Desk {
         let mut papers = self.papers();
         let mut withdrawn = Vec::new();
         papers.ready.retain(|ready| match ready {
-            Ok(handed) if partition_of(&handed.tag) == partition => {
+            Ok(handed) if handed.tag.partition == partition => {
                 withdrawn.push(handed.tag);
                 false
             }
@@ -85,10 +85,10 @@ impl Desk {
     pub fn forget(&self, partition: u32) {
         let mut papers = self.papers();
         papers.ready.retain(|ready| match ready {
-            Ok(handed) => partition_of(&handed.tag) != partition,
+            Ok(handed) => handed.tag.partition != partition,
             Err(_) => true,
         });
-        papers.held.retain(|tag| partition_of(tag) != partition);
+        papers.held.retain(|tag| tag.partition != partition);
         drop(papers);
         self.changed.notify_one();
     }
@@ -358,8 +358,8 @@ impl GroupMember {
     fn by_share(&self, mut tags: Vec<Tag>) -> Vec<(mpsc::Sender<Settle>, Vec<Tag>)> {
         let mut parts = Vec::new();
         let shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(partition) = tags.first().map(partition_of) {
-            let same = tags.extract_if(.., |tag| partition_of(tag) == partition).collect();
+        while let Some(partition) = tags.first().map(|tag| tag.partition) {
+            let same = tags.extract_if(.., |tag| tag.partition == partition).collect();
             parts.extend(shares.get(&partition).map(|share| (share.clone(), same)));
         }
         parts

@@ -72,28 +72,6 @@ pub enum Settle {
     },
 }
 
-/// The tags of one share. What was handed out before a seek has another number than what comes after it, so a late
-/// acknowledgement of the one is none of the other.
-#[derive(Clone, Copy)]
-struct Tags {
-    partition: u32,
-    seeks: u16,
-}
-
-/// Pulsar's own tools make topics of far fewer partitions.
-const PARTITION_BITS: u32 = 16;
-
-impl Tags {
-    fn tag(self, place: Place) -> Tag {
-        Tag { partition: self.partition | u32::from(self.seeks) << PARTITION_BITS, place }
-    }
-}
-
-/// The partition whose share made a tag.
-pub fn partition_of(tag: &Tag) -> u32 {
-    tag.partition & ((1 << PARTITION_BITS) - 1)
-}
-
 /// An acknowledgement on its way.
 struct Acking {
     keys: Vec<Key>,
@@ -147,7 +125,9 @@ impl Membership {
 pub struct Share {
     cluster: Arc<Cluster>,
     topic: Topic,
-    tags: Tags,
+    partition: u32,
+    /// Counts the times that the group was sought.
+    era: u32,
     physical: Physical,
     subscribe: CommandSubscribe,
     quota: u32,
@@ -199,7 +179,8 @@ impl Share {
         let mut share = Self {
             cluster,
             topic,
-            tags: Tags { partition, seeks: 0 },
+            partition,
+            era: 0,
             subscribe: membership.subscribe(&physical, initial),
             lookout: Lookout::new(membership.admin.clone(), physical.clone(), membership.group.clone()),
             physical,
@@ -338,7 +319,7 @@ impl Share {
         for (number, acking) in &self.unconfirmed {
             self.answers.push(answer(&consumer, *number, acking));
         }
-        self.desk.opened(self.tags.partition, consumer.closing());
+        self.desk.opened(self.partition, consumer.closing());
         self.consumer = Some(consumer);
         if self.gives_back {
             self.lookout.begin();
@@ -356,7 +337,7 @@ impl Share {
         self.closed = self.consumer.take().is_some_and(|consumer| consumer.was_closed());
         self.answers = FuturesUnordered::new();
         self.lookout.end();
-        for tag in self.desk.withdraw(self.tags.partition) {
+        for tag in self.desk.withdraw(self.partition) {
             if let Some(slot) = self.slot(tag) {
                 slot.attempt = slot.attempt.saturating_sub(1);
                 slot.state = State::Gone;
@@ -379,19 +360,19 @@ impl Share {
     /// Others may get what this member had.
     fn lose(&mut self) {
         for (key, held) in &self.entries {
-            self.lost.add(self.tags.partition, *key, held);
+            self.lost.add(self.partition, *key, held);
         }
         self.within.clear();
-        self.desk.count_within(self.tags.partition, 0);
+        self.desk.count_within(self.partition, 0);
     }
 
     /// What was handed out is nobody's any more, and what comes is new: the group was sought.
     fn forget(&mut self) {
-        self.tags.seeks = self.tags.seeks.wrapping_add(1);
-        self.desk.forget(self.tags.partition);
+        self.era = self.era.wrapping_add(1);
+        self.desk.forget(self.partition);
         self.entries.clear();
         self.within.clear();
-        self.desk.count_within(self.tags.partition, 0);
+        self.desk.count_within(self.partition, 0);
         self.past.clear();
         self.due.clear();
         self.unconfirmed.clear();
@@ -431,7 +412,7 @@ impl Share {
         }
         let states: Vec<_> = held.slots.iter().map(|slot| slot.state).collect();
         let wanted = |index: u32| states.get(index as usize).is_some_and(|state| *state != State::Acked);
-        let records = record::unpack(&self.topic, self.tags.partition, &id, entry, wanted);
+        let records = record::unpack(&self.topic, self.partition, &id, entry, wanted);
 
         let mut ready = Vec::new();
         let mut taken = vec![false; count];
@@ -440,7 +421,7 @@ impl Share {
             let message = match message {
                 Ok(message) => message,
                 Err(why) => {
-                    ready.push(Err(why.on_lane(&self.topic, self.tags.partition, place)));
+                    ready.push(Err(why.on_lane(&self.topic, self.partition, place)));
                     unreadable = true;
                     break;
                 }
@@ -458,9 +439,9 @@ impl Share {
                 continue;
             }
             slot.state = State::Out;
-            let before = self.lost.take(self.tags.partition, key, index);
+            let before = self.lost.take(self.partition, key, index);
             slot.attempt = slot.attempt.max(redelivered).max(before) + 1;
-            ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag: self.tags.tag(place) }));
+            ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag: self.tag(place) }));
         }
         // What is not handed out needs no permit.
         let kept = taken.iter().filter(|taken| **taken).count() as u32;
@@ -493,15 +474,15 @@ impl Share {
                 acked => drop(self.within.insert(*key, acked)),
             }
         }
-        self.desk.count_within(self.tags.partition, self.within.values().sum());
+        self.desk.count_within(self.partition, self.within.values().sum());
     }
 
     fn envelope(&self, place: Place, published: Timestamp, message: Message) -> Arc<Envelope> {
         let position = match self.physical.is_partition() {
             false => Position::Whole(place),
-            true => Position::in_partition(self.tags.partition, place, published),
+            true => Position::in_partition(self.partition, place, published),
         };
-        let stored = Stored { partition: self.tags.partition, place, position };
+        let stored = Stored { partition: self.partition, place, position };
         Arc::new(Envelope::durable(self.topic.clone(), message, stored))
     }
 
@@ -537,7 +518,7 @@ impl Share {
 
     /// Marks a message as done. The entry is to be acknowledged, unless the broker has confirmed all of this already.
     fn ack(&mut self, tag: Tag) -> Option<Key> {
-        if tag != self.tags.tag(tag.place) {
+        if tag.era != self.era {
             return None;
         }
         let key = (tag.place.ledger, tag.place.entry);
@@ -608,7 +589,7 @@ impl Share {
     }
 
     fn nack(&mut self, tag: Tag, at: Instant) {
-        if tag != self.tags.tag(tag.place) {
+        if tag.era != self.era {
             return;
         }
         let (epoch, waiting, gives_back) = (self.epoch, self.due.len(), self.gives_back);
@@ -649,7 +630,7 @@ impl Share {
                     slot.state = State::Out;
                     slot.attempt += 1;
                     let place = Place { ledger: key.0, entry: key.1, index: index as u32 };
-                    ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag: self.tags.tag(place) }));
+                    ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag: self.tag(place) }));
                 }
                 None => {
                     slot.state = State::Gone;
@@ -668,6 +649,10 @@ impl Share {
             Some(consumer) if !again.is_empty() => consumer.redeliver(again).await,
             _ => Ok(()),
         }
+    }
+
+    fn tag(&self, place: Place) -> Tag {
+        Tag { partition: self.partition, era: self.era, place }
     }
 
     fn slot(&mut self, tag: Tag) -> Option<&mut Slot> {

@@ -33,6 +33,7 @@ mod places;
 mod producing;
 mod quotas;
 mod security;
+mod tap;
 mod topics;
 
 fn settings(broker: &Broker) -> DurableSettings {

@@ -5,6 +5,9 @@
 //!                                                     │     ▲
 //!                          detached: cut, moved, refused    └── attached again: sent again, the same bytes, first
 //! ```
+//! A topic that moves has its producers closed before the broker has confirmed what it stored of them: their receipts come
+//! behind the close, and count until the producer is open again and sends the rest.
+//!
 //! The session's writer asks for entries when it is free, so what comes meanwhile is what the next batch is made of.
 //!
 //! A producer keeps the name that the broker gave it, and its numbers go on, as long as anything is in flight. So a
@@ -12,7 +15,7 @@
 //! One that does not may store an entry twice after a cut; no receipt says so.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use pulsar::proto::{
@@ -231,7 +234,7 @@ impl Producer {
             ..Default::default()
         };
         let has_schema = command.schema.is_some();
-        let success = session.produce(self.clone(), command).await?;
+        let success = session.produce(Arc::downgrade(self) as Weak<dyn Outlet>, command).await?;
         {
             let mut state = self.state();
             state.name = Some(success.producer_name);
@@ -490,11 +493,8 @@ impl Outlet for Producer {
         }
     }
 
-    fn confirmed(self: Arc<Self>, epoch: u64, receipt: CommandSendReceipt) {
+    fn confirmed(self: Arc<Self>, receipt: CommandSendReceipt) {
         let mut state = self.state();
-        if !state.is_attached(epoch) {
-            return;
-        }
         let sealed = match state.in_flight.front() {
             Some(first) if first.sequence == receipt.sequence_id => state.in_flight.pop_front(),
             // The receipt of an entry that was sent twice, or that nobody waits for.

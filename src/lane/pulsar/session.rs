@@ -18,7 +18,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -72,11 +72,11 @@ pub struct Delivery {
 }
 
 /// What publishes on a session. Each time it was attached it gets another `epoch`, and what is said of an earlier one
-/// is no longer its business.
+/// is no longer its business. A receipt is, whenever it comes: no other entry of this outlet ever has the same number.
 pub trait Outlet: Send + Sync {
     /// The wire is free: adds what is to be sent now.
     fn take(&self, epoch: u64, pieces: &mut Pieces);
-    fn confirmed(self: Arc<Self>, epoch: u64, receipt: CommandSendReceipt);
+    fn confirmed(self: Arc<Self>, receipt: CommandSendReceipt);
     fn refused(self: Arc<Self>, epoch: u64, refusal: CommandSendError);
     /// It is attached no more, since the connection was lost or the broker closed the producer.
     fn detached(self: Arc<Self>, epoch: u64);
@@ -107,9 +107,17 @@ struct Shared {
 struct Users {
     waiting: HashMap<u64, oneshot::Sender<Result<Box<BaseCommand>, Fault>>>,
     consumers: HashMap<u64, Attached>,
-    outlets: HashMap<u64, (u64, Arc<dyn Outlet>)>,
+    outlets: HashMap<u64, Placed>,
     watchers: HashMap<u64, mpsc::Sender<Changed>>,
     lost: Option<String>,
+}
+
+/// An outlet that is or was attached. A broker that closes a producer, or refuses an entry of it because its topic moves,
+/// goes on to confirm what it stored before; so a closed one stays until it is attached again.
+struct Placed {
+    epoch: u64,
+    outlet: Weak<dyn Outlet>,
+    open: bool,
 }
 
 struct Attached {
@@ -324,11 +332,18 @@ impl Session {
     /// Makes an outlet the producer that is asked for. What it is told from then on is of this epoch.
     pub async fn produce(
         &self,
-        outlet: Arc<dyn Outlet>,
+        outlet: Weak<dyn Outlet>,
         command: CommandProducer,
     ) -> Result<CommandProducerSuccess, Fault> {
         let (id, epoch) = (command.producer_id, command.epoch.unwrap_or_default());
-        self.shared.users().outlets.insert(id, (epoch, outlet));
+        {
+            let outlets = &mut self.shared.users().outlets;
+            if outlets.len() == outlets.capacity() {
+                // Before it grows: those that were closed here, and whose owners are gone.
+                outlets.retain(|_, placed| placed.outlet.strong_count() > 0);
+            }
+            outlets.insert(id, Placed { epoch, outlet, open: true });
+        }
         let answer = self
             .request_within(PRODUCER_TIMEOUT, |request_id| BaseCommand {
                 producer: Some(CommandProducer { request_id, ..command }),
@@ -347,17 +362,17 @@ impl Session {
 
     /// Whether the outlet is attached. It is not told twice that it is no more.
     pub fn has_producer(&self, id: u64, epoch: u64) -> bool {
-        self.shared.users().outlets.get(&id).is_some_and(|(attached, _)| *attached == epoch)
+        self.shared.users().outlets.get(&id).is_some_and(|placed| placed.open && placed.epoch == epoch)
     }
 
     /// Closes a producer at the broker, unless the broker has closed it. The outlet is not told.
     pub fn end_producer(&self, id: u64, epoch: u64) {
         {
             let mut users = self.shared.users();
-            match users.outlets.get(&id) {
-                Some((attached, _)) if *attached == epoch => users.outlets.remove(&id),
-                _ => return,
-            };
+            match users.outlets.get_mut(&id).filter(|placed| placed.open && placed.epoch == epoch) {
+                Some(placed) => placed.open = false,
+                None => return,
+            }
         }
         let request_id = self.next.fetch_add(1, Ordering::Relaxed);
         let close = CommandCloseProducer { producer_id: id, request_id };
@@ -446,7 +461,9 @@ impl Shared {
     }
 
     fn outlet(&self, id: u64) -> Option<(u64, Arc<dyn Outlet>)> {
-        self.users().outlets.get(&id).cloned()
+        let users = self.users();
+        let placed = users.outlets.get(&id)?;
+        Some((placed.epoch, placed.outlet.upgrade()?))
     }
 
     fn why(&self) -> Fault {
@@ -463,8 +480,10 @@ impl Shared {
         let outlets = std::mem::take(&mut users.outlets);
         drop(users);
         self.end.cancel();
-        for (epoch, outlet) in outlets.into_values() {
-            outlet.detached(epoch);
+        for Placed { epoch, outlet, .. } in outlets.into_values() {
+            if let Some(outlet) = outlet.upgrade() {
+                outlet.detached(epoch);
+            }
         }
     }
 }
@@ -612,8 +631,8 @@ impl Incoming {
     fn dispatch(&self, frame: Frame) -> Result<(), String> {
         let mut command = match frame {
             Frame::Receipt(receipt) => {
-                if let Some((epoch, outlet)) = self.shared.outlet(receipt.producer_id) {
-                    outlet.confirmed(epoch, receipt);
+                if let Some((_, outlet)) = self.shared.outlet(receipt.producer_id) {
+                    outlet.confirmed(receipt);
                 }
                 return Ok(());
             }
@@ -657,8 +676,10 @@ impl Incoming {
                 consumer.active.send_modify(|times| *times += 1);
             }
         } else if let Some(closed) = &command.close_producer {
-            let outlet = self.shared.users().outlets.remove(&closed.producer_id);
-            if let Some((epoch, outlet)) = outlet {
+            if let Some(placed) = self.shared.users().outlets.get_mut(&closed.producer_id) {
+                placed.open = false;
+            }
+            if let Some((epoch, outlet)) = self.shared.outlet(closed.producer_id) {
                 outlet.detached(epoch);
             }
         } else if let Some(refusal) = command.send_error.take() {

@@ -85,7 +85,9 @@ async fn carry(mut client: TcpStream, brokers: Arc<[Behind]>) -> Option<()> {
         let mut bytes = BytesMut::new();
         loop {
             let frame = frame(&mut from_broker, &mut bytes).await?;
-            to_client.write_all(&through_us(frame)).await.ok()?;
+            let named =
+                |url: &str| format!("pulsar://{}", name(url.rsplit(':').next().unwrap().parse().unwrap()));
+            to_client.write_all(&served_by(frame, named, true)).await.ok()?;
         }
     };
     tokio::select! {
@@ -94,15 +96,18 @@ async fn carry(mut client: TcpStream, brokers: Arc<[Behind]>) -> Option<()> {
     }
 }
 
-/// Where the frame says who serves a topic, it says so by a name that is known here alone.
-fn through_us(frame: Bytes) -> Bytes {
+/// Where the frame says who serves a topic, it says this instead.
+pub fn served_by(frame: Bytes, instead: impl Fn(&str) -> String, proxied: bool) -> Bytes {
     let Some(mut answer) = command(&frame) else { return frame };
     let Some(found) = &mut answer.lookup_topic_response else { return frame };
     let Some(url) = &mut found.broker_service_url else { return frame };
-    let port = url.rsplit(':').next().unwrap().parse().unwrap();
-    *url = format!("pulsar://{}", name(port));
-    found.proxy_through_service_url = Some(true);
-    let body = answer.encode_to_vec();
+    *url = instead(url);
+    found.proxy_through_service_url = Some(proxied);
+    encode(&answer)
+}
+
+pub fn encode(command: &BaseCommand) -> Bytes {
+    let body = command.encode_to_vec();
     let mut whole = BytesMut::new();
     whole.put_u32(body.len() as u32 + 4);
     whole.put_u32(body.len() as u32);
@@ -111,7 +116,7 @@ fn through_us(frame: Bytes) -> Bytes {
 }
 
 /// The next whole frame; `None` once the connection has ended.
-async fn frame(from: &mut (impl AsyncRead + Unpin), bytes: &mut BytesMut) -> Option<Bytes> {
+pub async fn frame(from: &mut (impl AsyncRead + Unpin), bytes: &mut BytesMut) -> Option<Bytes> {
     loop {
         if let Some(size) = bytes.first_chunk::<4>().map(|size| u32::from_be_bytes(*size) as usize + 4)
             && bytes.len() >= size
@@ -124,7 +129,8 @@ async fn frame(from: &mut (impl AsyncRead + Unpin), bytes: &mut BytesMut) -> Opt
     }
 }
 
-fn command(frame: &Bytes) -> Option<BaseCommand> {
+/// What a frame says, a message's payload aside.
+pub fn command(frame: &Bytes) -> Option<BaseCommand> {
     let mut frame = frame.slice(4..);
     let size = frame.get_u32() as usize;
     BaseCommand::decode(frame.slice(..size)).ok()

@@ -2,8 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use pulsar::consumer::InitialPosition;
+use pulsar::proto::base_command::Type;
+use pulsar::proto::{BaseCommand, CommandSendError, ServerError};
 use pulsar::{Consumer, ConsumerOptions, SubType};
 use serde_json::json;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
@@ -11,7 +14,9 @@ use twinspan::lane::contract::LaneError;
 use twinspan::message::{Message, Start};
 use twinspan::policy::table::{Compression, PulsarSchema};
 
+use super::gateway::encode;
 use super::load::{EACH, Publishers};
+use super::tap::Tap;
 use super::*;
 use crate::brokers::Options;
 use crate::durable_contract::{numbers, read};
@@ -156,8 +161,86 @@ async fn a_topic_that_moves_under_load_loses_and_repeats_nothing_and_its_publish
         admin(broker, Method::PUT, &path, Value::Null).await;
     }
     let outcome = load.end().await;
-    outcome.check("", &bed).await;
+    let stored = outcome.check("", &bed).await;
+    let once: BTreeSet<_> = stored.iter().map(|envelope| number(envelope)).collect();
+    assert_eq!(stored.len(), once.len(), "each once");
     assert_eq!((outcome.unknown.len(), outcome.refused.len()), (0, 0));
+}
+
+/// A broker that closes a topic confirms what it was about to store behind that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_confirmed_behind_the_close_of_its_producer_is_not_stored_again() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    for fenced in [false, true] {
+        let wire: Arc<std::sync::Mutex<Behind>> = Arc::default();
+        let tapped = wire.clone();
+        let pass = move |_, command: &_, frame| tapped.lock().unwrap().pass(command, frame, fenced);
+        let tap = Tap::on(broker, pass).await;
+        let bed = tap.bed(broker).await;
+        wire.lock().unwrap().topic = bed.physical();
+        bed.publish(0).await;
+        wire.lock().unwrap().holds = true;
+        let mut receipts = Vec::new();
+        for n in 1..=5 {
+            receipts.push(bed.lane.append(&bed.route, &bed.topic, numbered(n), Publisher::default()).await);
+        }
+        let stored = async || read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await;
+        soon(async { while stored().await.len() < 6 {} }).await;
+        let path = format!("persistent/public/default/{}/unload", bed.topic);
+        admin(broker, Method::PUT, &path, Value::Null).await;
+        for (n, receipt) in (1..).zip(receipts) {
+            let position = soon(receipt.unwrap()).await.unwrap();
+            let at = stored().await.into_iter().find(|envelope| super::position(envelope) == position);
+            assert_eq!(at.map(|envelope| number(&envelope)), Some(n), "fenced: {fenced}");
+        }
+        bed.publish(6).await;
+        assert_eq!(numbers(&stored().await), (0..=6).collect::<Vec<_>>(), "fenced: {fenced}");
+        assert!(wire.lock().unwrap().behind > 0, "the receipts came behind the close");
+    }
+}
+
+/// Keeps a producer's receipts back until its topic is closed.
+#[derive(Default)]
+struct Behind {
+    topic: String,
+    producer: u64,
+    holds: bool,
+    held: Vec<Bytes>,
+    /// How many came then.
+    behind: usize,
+}
+
+impl Behind {
+    fn pass(&mut self, command: &BaseCommand, frame: Bytes, fenced: bool) -> Vec<Bytes> {
+        if let Some(producer) = command.producer.as_ref().filter(|producer| producer.topic == self.topic) {
+            self.producer = producer.producer_id;
+        }
+        let is_ours = |id: u64| id == self.producer;
+        if self.holds && command.send_receipt.as_ref().is_some_and(|receipt| is_ours(receipt.producer_id)) {
+            self.held.push(frame);
+            return Vec::new();
+        }
+        if !self.holds || !command.close_producer.as_ref().is_some_and(|close| is_ours(close.producer_id)) {
+            return vec![frame];
+        }
+        self.holds = false;
+        self.behind = self.held.len();
+        // A broker that has just begun to close refuses what still comes, and says more of that later.
+        let refused = CommandSendError {
+            producer_id: self.producer,
+            sequence_id: u64::MAX,
+            error: ServerError::PersistenceError as i32,
+            message: "fenced".into(),
+        };
+        let refused =
+            BaseCommand { r#type: Type::SendError as i32, send_error: Some(refused), ..Default::default() };
+        let first = if fenced { encode(&refused) } else { frame.clone() };
+        let last = fenced.then_some(frame);
+        [first].into_iter().chain(self.held.drain(..)).chain(last).collect()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,11 +8,12 @@
 //!                  └─ after that ─▶ stored as a dead letter ─▶ then acknowledged
 //! ```
 //! Dead letters are stored beside the other deliveries, which never wait for them. One that cannot be stored goes back
-//! to the group and is tried again: until it is stored it is not acknowledged. A member that leaves, or a bridge that
-//! is killed, between storing and acknowledging stores it twice, with one id.
+//! to the group and is tried again: until it is stored it is not acknowledged. Where a member leaves between the two, the
+//! group's next member on this bridge finds it stored and acknowledges it. A bridge that is killed then, or a message that
+//! goes to another bridge or member while it is being stored, has it stored twice, with one id.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock, Weak};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -23,7 +24,7 @@ use tracing::{debug, warn};
 use super::catalog::Catalog;
 use super::groups::Served;
 use crate::lane::contract::{DurableLane, Handed, LaneError, Member, Publisher, Tag};
-use crate::message::{Lane, Message, ORIGIN, RESERVED, Timestamp};
+use crate::message::{Lane, Message, ORIGIN, Place, RESERVED, Timestamp};
 use crate::policy::Policy;
 use crate::policy::table::{DeadLetter, Redelivery, Route};
 use crate::telemetry::metrics::Metrics;
@@ -41,13 +42,40 @@ const STORE_RETRY_LAST: Duration = Duration::from_secs(60);
 /// How often the acknowledgement of a stored dead letter is tried before the group may have it again.
 const ACKS_MAX: u32 = 5;
 
+/// The most dead letters of this bridge that are remembered as stored and not acknowledged. One more, and one of them may
+/// be stored twice.
+const STORED_MAX: usize = 10_000;
+
 /// What the lane is asked with, and what is told about it.
 #[derive(Clone)]
 pub struct Surroundings {
     pub policy: Policy,
     pub lane: Arc<dyn DurableLane>,
     pub catalog: Arc<Catalog>,
+    pub letters: Arc<StoredLetters>,
     pub metrics: Arc<Metrics>,
+}
+
+/// A message of a group, by its topic, its group, its partition and its place there.
+type Letter = (Topic, Arc<str>, u32, Place);
+
+/// The dead letters that are stored and that the group may have once more: nobody has acknowledged them.
+#[derive(Default)]
+pub struct StoredLetters(Mutex<BTreeSet<Letter>>);
+
+impl StoredLetters {
+    fn add(&self, letter: Letter) {
+        let mut letters = self.lock();
+        letters.insert(letter);
+        if letters.len() > STORED_MAX {
+            letters.pop_first();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<Letter>> {
+        // The set is whole between any two statements, so a panic elsewhere spoils nothing.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// One member's place in a group of one topic. Dropping it gives back what it holds.
@@ -189,12 +217,16 @@ impl DeadLetters {
             return;
         }
         let (tag, attempt) = (handed.tag, handed.attempt);
-        let stored = self.store(&handed, &dead_letter).await;
-        let metrics = &self.around.metrics;
-        match stored {
+        let Surroundings { letters, metrics, .. } = &self.around;
+        let letter = (self.topic.clone(), self.group.clone(), tag.partition, tag.place);
+        if letters.lock().contains(&letter) {
+            return self.settle(tag, &letter).await;
+        }
+        match self.store(&handed, &dead_letter).await {
             Ok(()) => {
+                letters.add(letter.clone());
                 metrics.dead_lettered(&route);
-                self.settle(tag).await;
+                self.settle(tag, &letter).await;
             }
             Err(error) => {
                 let tries = attempt.saturating_sub(dead_letter.max_deliveries + 1);
@@ -245,12 +277,15 @@ impl DeadLetters {
     }
 
     /// It is stored; the group must not have it again.
-    async fn settle(&self, tag: Tag) {
+    async fn settle(&self, tag: Tag, letter: &Letter) {
         for tries in 0..ACKS_MAX {
-            // Who left gave it back: it comes to another member, and is stored again.
+            // Who left gave it back: it comes to another member.
             let Some(member) = self.member.upgrade() else { return };
             match member.ack(vec![tag]).await {
-                Ok(()) => return,
+                Ok(()) => {
+                    self.around.letters.lock().remove(letter);
+                    return;
+                }
                 Err(error) => {
                     debug!(topic = %self.topic, %error, "A stored dead letter is not acknowledged yet.")
                 }

@@ -34,7 +34,7 @@ use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::Group;
 use both::Both;
 use catalog::Catalog;
-use delivery::{GroupMember, Surroundings};
+use delivery::{GroupMember, StoredLetters, Surroundings};
 use filters::Filters;
 use groups::Groups;
 
@@ -48,6 +48,7 @@ pub struct Bridge {
     both: Both,
     pub catalog: Arc<Catalog>,
     pub groups: Arc<Groups>,
+    letters: Arc<StoredLetters>,
     pub filters: Filters,
     pub metrics: Arc<Metrics>,
     notices: broadcast::Sender<Notice>,
@@ -104,6 +105,7 @@ impl Bridge {
             both,
             catalog: Arc::new(catalog),
             groups: Arc::default(),
+            letters: Arc::default(),
             filters,
             metrics,
             notices: broadcast::channel(NOTICES_MAX).0,
@@ -232,6 +234,7 @@ impl Bridge {
             policy: self.policy.clone(),
             lane: self.durable.clone(),
             catalog: self.catalog.clone(),
+            letters: self.letters.clone(),
             metrics: self.metrics.clone(),
         };
         let served = self.groups.join(topic.clone(), group.name.as_str().into());

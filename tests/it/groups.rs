@@ -14,7 +14,7 @@ use twinspan::lane::bus::Bus;
 use twinspan::lane::contract::{
     DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
 };
-use twinspan::lane::journal::Journal;
+use twinspan::lane::open_durable;
 use twinspan::lane::tail::Tail;
 use twinspan::message::{Draft, GroupMode, Message, Start, Timestamp};
 use twinspan::policy::table::Route;
@@ -360,28 +360,33 @@ async fn the_backlog_of_a_group_is_told_by_its_topic_and_as_a_metric_until_it_le
     eventually("a group that left has no series", async || !text().contains(r#"group="g""#)).await;
 }
 
-/// The embedded log, where some things fail as long as a test wants them to.
+/// A durable lane, where some things fail as long as a test wants them to.
 struct Reluctant {
-    log: Arc<Journal>,
+    log: Arc<dyn DurableLane>,
     /// No dead letter is stored.
     refuses: AtomicBool,
     /// No receipt for one comes.
     hangs: AtomicBool,
+    /// They come late.
+    waits: watch::Sender<bool>,
 }
 
 impl Reluctant {
     async fn start() -> (Span, Arc<Self>) {
+        Self::on(Plan::default()).await
+    }
+
+    async fn on(mut plan: Plan) -> (Span, Arc<Self>) {
         let dir = tempfile::tempdir().unwrap();
-        let table =
-            source::read("routes.toml".as_ref(), ROUTES, &|_| Err(std::io::ErrorKind::NotFound.into()))
-                .unwrap();
-        let (policy, metrics) = (Policy::new(table), Arc::new(Metrics::new()));
-        let log =
-            Journal::open(&dir.path().join("data"), policy.clone(), Duration::from_secs(5), metrics.clone())
-                .unwrap();
-        let lane = Arc::new(Self { log, refuses: false.into(), hangs: false.into() });
-        let lanes = Carriers { ephemeral: Bus::new(policy, 1 << 20), durable: lane.clone() };
-        (Span::inside(Plan { lanes: Some(lanes), ..Plan::default() }, dir).await, lane)
+        let absent = |_: &_| Err(std::io::ErrorKind::NotFound.into());
+        let table = source::read("routes.toml".as_ref(), &plan.routes, &absent).unwrap();
+        let (policy, settings) = (Policy::new(table), &plan.settings.lanes.durable);
+        let data = dir.path().join("data");
+        let log = open_durable(settings, &data, policy.clone(), Arc::new(Metrics::new())).await.unwrap();
+        let (refuses, hangs, waits) = (false.into(), false.into(), watch::Sender::new(false));
+        let lane = Arc::new(Self { log, refuses, hangs, waits });
+        plan.lanes = Some(Carriers { ephemeral: Bus::new(policy, 1 << 20), durable: lane.clone() });
+        (Span::inside(plan, dir).await, lane)
     }
 }
 
@@ -401,7 +406,15 @@ impl DurableLane for Reluctant {
         if is_dead && self.hangs.load(Ordering::SeqCst) {
             return Ok(Box::pin(std::future::pending()));
         }
-        self.log.append(route, topic, message, publisher).await
+        let receipt = self.log.append(route, topic, message, publisher).await?;
+        let mut waits = self.waits.subscribe();
+        Ok(Box::pin(async move {
+            let stored = receipt.await;
+            if is_dead {
+                waits.wait_for(|waits| !waits).await.unwrap();
+            }
+            stored
+        }))
     }
 
     async fn tail(&self, route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError> {
@@ -521,6 +534,42 @@ async fn a_dead_letter_that_takes_long_holds_up_no_other_delivery_and_is_not_los
     heir.subscribe("jobs.slow", json!({"group": "g"})).await.unwrap();
     eventually("it is stored and acknowledged", async || backlog(&span, "jobs.slow").await == 0).await;
     assert_eq!(stored(&span, "dead.jobs.slow").await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_dead_letter_whose_member_leaves_before_it_is_acknowledged_is_stored_once() {
+    left_before_the_ack(Plan::default()).await;
+}
+
+#[tokio::test]
+async fn a_dead_letter_on_pulsar_whose_member_leaves_before_it_is_acknowledged_is_stored_once() {
+    if let Some(plan) = Plan::on_brokers().await {
+        left_before_the_ack(plan).await;
+    }
+}
+
+async fn left_before_the_ack(plan: Plan) {
+    let (span, lane) = Reluctant::on(plan).await;
+    lane.waits.send_replace(true);
+    let mut client = span.client().await;
+    client.subscribe("jobs.left", json!({"group": "g"})).await.unwrap();
+    client.publish("jobs.left", &draft("1")).await.unwrap();
+    refuse_three_times(&mut client).await;
+    eventually("it is stored", async || span.get("/topics/dead.jobs.left/messages").await.0 == 200).await;
+    drop(client);
+    let left = async || span.get("/topics/jobs.left").await.1["groups"][0]["members"] == 0;
+    eventually("its member has left", left).await;
+    lane.waits.send_replace(false);
+    let dead = r#"twinspan_dead_lettered_total{route="jobs"}"#;
+    eventually("it is known to be stored", async || span.metric(dead) == 1.0).await;
+    assert_eq!(backlog(&span, "jobs.left").await, 1, "and not acknowledged");
+
+    let mut heir = span.client().await;
+    heir.subscribe("jobs.left", json!({"group": "g"})).await.unwrap();
+    eventually("the next one acknowledges it", async || backlog(&span, "jobs.left").await == 0).await;
+    silent(&mut heir).await;
+    assert_eq!(stored(&span, "dead.jobs.left").await.len(), 1);
+    assert_eq!(span.metric(dead), 1.0);
 }
 
 /// Moves a group; what the group brings from there may come before the answer.

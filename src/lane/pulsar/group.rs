@@ -184,7 +184,7 @@ impl GroupMember {
         joining: Joining,
         standing: i32,
         lost: Arc<Lost>,
-        timeout: Duration,
+        (timeout, busy_for): (Duration, Duration),
     ) -> Result<GroupMember, LaneError> {
         let Joining { group, mode, start, prefetch } = joining;
         if group.is_empty() {
@@ -199,7 +199,8 @@ impl GroupMember {
             }
         };
         let desk = Arc::new(Desk::new(prefetch));
-        let membership = Membership { group: group.into(), mode, standing, lost, admin: admin.clone() };
+        let membership =
+            Membership { group: group.into(), mode, standing, lost, admin: admin.clone(), busy_for };
         let member = Join { source, membership, prefetch, desk: desk.clone() };
         let mut parts = member.source.parts().into_iter();
         let mut opened = Vec::new();

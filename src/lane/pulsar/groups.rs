@@ -33,8 +33,8 @@ const COMPACTION: &str = "__compaction";
 const ABSENT: usize = 100;
 
 /// The members on this bridge, by topic and group.
-#[derive(Default)]
 pub struct Groups {
+    busy_for: Duration,
     members: Mutex<HashMap<(Physical, String), Members>>,
     /// Two seeks at once would wait for each other's members.
     seeking: tokio::sync::Mutex<()>,
@@ -61,6 +61,11 @@ impl Members {
 }
 
 impl Groups {
+    /// A place that was lost with its connection is given up once others have had it for so long.
+    pub fn new(busy_for: Duration) -> Self {
+        Self { busy_for, members: Mutex::default(), seeking: tokio::sync::Mutex::default() }
+    }
+
     pub async fn join(
         &self,
         source: Source,
@@ -81,7 +86,8 @@ impl Groups {
             let members = members.entry(name.clone()).or_default();
             (members.next_standing(), members.lost.clone())
         };
-        let member = GroupMember::join(source, admin, joining, standing, lost, timeout).await?;
+        let times = (timeout, self.busy_for);
+        let member = GroupMember::join(source, admin, joining, standing, lost, times).await?;
         self.lock().entry(name).or_default().here.push(member.colleague());
         Ok(Box::new(member))
     }

@@ -76,6 +76,9 @@ use topics::Topics;
 
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(4);
+/// A broker that has not noticed yet that our last connection broke takes our old consumer for another. It asks every
+/// connection for a sign of life each 30 s, and ends it after the second time.
+const BUSY_FOR: Duration = Duration::from_secs(75);
 
 pub struct PulsarLane {
     policy: Policy,
@@ -106,6 +109,16 @@ impl PulsarLane {
         policy: Policy,
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, Unusable> {
+        Self::open_with(settings, policy, metrics, BUSY_FOR)
+    }
+
+    /// The same where a member's place that others have taken is given up after so long.
+    pub fn open_with(
+        settings: &DurableSettings,
+        policy: Policy,
+        metrics: Arc<Metrics>,
+        busy_for: Duration,
+    ) -> Result<Arc<Self>, Unusable> {
         let services: Option<Vec<_>> = settings.url.iter().map(|url| Address::parse(url)).collect();
         let services = services.filter(|services| !services.is_empty()).ok_or_else(|| {
             Unusable("lanes.durable.url must be one or more pulsar:// or pulsar+ssl:// URLs".into())
@@ -134,7 +147,7 @@ impl PulsarLane {
             canary,
             topics,
             tails: Tails::default(),
-            groups: Groups::default(),
+            groups: Groups::new(busy_for),
             publish_timeout: settings.publish_timeout,
             state,
             _end: stop.clone().drop_guard(),

@@ -47,9 +47,6 @@ const PAST: usize = 4096;
 const WAITING_FREE: usize = 10_000;
 /// The same where a copy is kept here.
 const KEPT_FREE: usize = 1000;
-/// A broker that has not noticed yet that our last connection broke takes our old consumer for another. It asks every
-/// connection for a sign of life each 30 s, and ends it after the second time.
-const BUSY_FOR: Duration = Duration::from_secs(75);
 /// How long the members that were sought wait for each other.
 const MEET: Duration = Duration::from_millis(500);
 /// Commands and events taken in one go.
@@ -97,6 +94,8 @@ pub struct Membership {
     /// What the group's members on this bridge lost.
     pub lost: Arc<Lost>,
     pub admin: Arc<Admin>,
+    /// How long others may have the place before it is given up.
+    pub busy_for: Duration,
 }
 
 impl Membership {
@@ -131,6 +130,7 @@ pub struct Share {
     physical: Physical,
     subscribe: CommandSubscribe,
     quota: u32,
+    busy_for: Duration,
     /// The broker can be asked for one entry again.
     gives_back: bool,
     desk: Arc<Desk>,
@@ -185,6 +185,7 @@ impl Share {
             lookout: Lookout::new(membership.admin.clone(), physical.clone(), membership.group.clone()),
             physical,
             quota,
+            busy_for: membership.busy_for,
             gives_back: matches!(membership.mode, GroupMode::Shared | GroupMode::KeyShared),
             desk,
             lost: membership.lost.clone(),
@@ -231,8 +232,8 @@ impl Share {
                         let since = *busy.get_or_insert_with(Instant::now);
                         if !fault.is_busy() {
                             busy = None;
-                        } else if since.elapsed() > BUSY_FOR {
-                            return self.desk.fail(taken(&self.subscribe.subscription, &fault));
+                        } else if since.elapsed() > self.busy_for {
+                            return self.desk.fail(self.taken(&fault));
                         }
                         if backoff.is_first() {
                             warn!(topic = %self.physical, %fault, "A group cannot go on; trying until it can.");
@@ -268,19 +269,17 @@ impl Share {
         let mut settling = Vec::new();
         tokio::select! {
             first = consumer.next_or_active() => {
-                let Some(first) = first.ok_or_else(lost)? else {
-                    if std::mem::take(&mut self.waits) {
-                        consumer.permit(self.quota).await?;
+                if let Some(first) = first.ok_or_else(lost)? {
+                    let mut deliveries = vec![first];
+                    while deliveries.len() < TURN {
+                        let Some(next) = consumer.try_next() else { break };
+                        deliveries.push(next);
                     }
-                    return Ok(true);
-                };
-                let mut deliveries = vec![first];
-                while deliveries.len() < TURN {
-                    let Some(next) = consumer.try_next() else { break };
-                    deliveries.push(next);
+                    self.lives = true;
+                    deliveries.into_iter().for_each(|delivery| self.deliver(delivery));
+                } else {
+                    self.waits = false;
                 }
-                self.lives = true;
-                deliveries.into_iter().for_each(|delivery| self.deliver(delivery));
             }
             count = self.inbox.recv_many(&mut settling, TURN) => {
                 if count == 0 {
@@ -315,7 +314,7 @@ impl Share {
         self.epoch += 1;
         self.lives = false;
         self.waits = self.subscribe.sub_type == SubType::Failover as i32;
-        self.freed = if self.waits { 0 } else { self.quota };
+        self.freed = self.quota - self.keep();
         for (number, acking) in &self.unconfirmed {
             self.answers.push(answer(&consumer, *number, acking));
         }
@@ -379,7 +378,17 @@ impl Share {
         self.answers = FuturesUnordered::new();
     }
 
+    /// What the client still has in its hands takes room of the new subscription too. Returns how much.
+    fn keep(&mut self) -> u32 {
+        let out = self.entries.values_mut().flat_map(|held| &mut held.slots);
+        let kept = out.filter(|slot| slot.state == State::Out).take(self.quota as usize);
+        kept.map(|slot| slot.permit = self.epoch).count() as u32
+    }
+
     async fn give_back_permits(&mut self) -> Result<(), Fault> {
+        if self.waits {
+            return Ok(());
+        }
         match (&self.consumer, std::mem::take(&mut self.freed)) {
             (Some(consumer), freed @ 1..) => consumer.permit(freed).await,
             _ => Ok(()),
@@ -416,7 +425,7 @@ impl Share {
 
         let mut ready = Vec::new();
         let mut taken = vec![false; count];
-        let mut unreadable = false;
+        let (mut unreadable, mut copies) = (false, 0);
         for Record { place, published, message } in records {
             let message = match message {
                 Ok(message) => message,
@@ -431,8 +440,9 @@ impl Share {
             let Some(slot) = self.entries.get_mut(&key).and_then(|held| held.slots.get_mut(index)) else {
                 continue;
             };
+            // A copy of what the client has, and what has its room already, takes none.
             taken[index] = true;
-            slot.permit = self.epoch;
+            copies += u32::from(std::mem::replace(&mut slot.permit, self.epoch) == self.epoch);
             slot.envelope = Some(envelope.clone());
             if matches!(slot.state, State::Waiting | State::Out) {
                 // The broker did not know of the delay, or that the client still has it. It keeps to it here.
@@ -445,7 +455,7 @@ impl Share {
         }
         // What is not handed out needs no permit.
         let kept = taken.iter().filter(|taken| **taken).count() as u32;
-        self.freed += sent.saturating_sub(kept);
+        self.freed += sent.saturating_sub(kept) + copies;
         if let Some(held) = self.entries.get_mut(&key) {
             held.unreadable = unreadable;
         }
@@ -651,6 +661,13 @@ impl Share {
         }
     }
 
+    fn taken(&self, fault: &Fault) -> LaneError {
+        let (group, busy_for) = (&self.subscribe.subscription, self.busy_for);
+        LaneError::GroupBusy(format!(
+            "group `{group}` was lost with the connection, and for {busy_for:?} others have had it ({fault})"
+        ))
+    }
+
     fn tag(&self, place: Place) -> Tag {
         Tag { partition: self.partition, era: self.era, place }
     }
@@ -670,12 +687,6 @@ impl Drop for Share {
 /// Whether a membership that once held cannot hold any more. A topic that is gone may come again.
 fn ends(fault: &Fault) -> bool {
     fault.is_lasting() && !fault.is_not_found()
-}
-
-fn taken(group: &str, fault: &Fault) -> LaneError {
-    LaneError::GroupBusy(format!(
-        "group `{group}` was lost with the connection, and for {BUSY_FOR:?} others have had it ({fault})"
-    ))
 }
 
 fn answer(consumer: &Consumer, number: u64, acking: &Acking) -> BoxFuture<'static, (u64, Result<(), Fault>)> {

@@ -1,8 +1,12 @@
 //! Groups on topics whose native publishers batch: an entry is many messages there.
 
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use super::tap::Tap;
 use super::*;
 use serde_json::json;
-use twinspan::lane::contract::Publisher;
+use twinspan::lane::contract::{LaneError, Publisher};
 use twinspan::message::Message;
 
 #[tokio::test]
@@ -327,5 +331,122 @@ async fn a_late_acknowledgement_from_before_a_seek_is_none_of_what_came_after_it
         assert_eq!(backlog().await, 5, "{mode:?}");
         member.ack(after.iter().map(|handed| handed.tag).collect()).await.unwrap();
         assert_eq!(backlog().await, 0, "{mode:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_that_was_lost_is_waited_for_and_given_up_once_another_keeps_it() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    let tap = Tap::on(broker, |_, _, frame| vec![frame]).await;
+    let direct = Bed::on(broker).await;
+    let policy = Policy::new(RouteTable::new([(*direct.route).clone()]));
+    const BUSY_FOR: Duration = Duration::from_secs(4);
+    let lane =
+        PulsarLane::open_with(&tap.settings(broker), policy, Arc::new(Metrics::new()), BUSY_FOR).unwrap();
+    is_up(&*lane).await;
+    let bed = Bed { lane, ..direct.clone() };
+    let member = bed.join_as(GroupMode::Exclusive).await;
+    let lose = async || {
+        tap.close();
+        let joining = || Joining { mode: GroupMode::Exclusive, ..shared("billing", Start::Earliest, 100) };
+        let other = soon(async {
+            loop {
+                match direct.lane.join(&bed.route, &bed.topic, joining()).await {
+                    Ok(other) => return other,
+                    Err(LaneError::GroupBusy(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+                    Err(error) => panic!("{error:?}"),
+                }
+            }
+        })
+        .await;
+        tap.open();
+        other
+    };
+
+    let other = lose().await;
+    let still = timeout(BUSY_FOR / 4, member.next()).await;
+    assert!(still.is_err(), "another has the place, and may go: {still:?}");
+    drop(other);
+    direct.publish(1).await;
+    assert_eq!(sorted(&take(&*member, 1).await), [1], "the place was free again in time");
+
+    let _other = lose().await;
+    let began = Instant::now();
+    let over = timeout(BUSY_FOR + SOON, member.next()).await.expect("it is given up").unwrap_err();
+    assert!(matches!(&over, LaneError::GroupBusy(said) if said.contains("4s")), "{over:?}");
+    assert!(began.elapsed() > BUSY_FOR / 2, "given up after {:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_member_holds_takes_room_of_its_prefetch_whatever_becomes_of_its_connection() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    for cut in [false, true] {
+        let wire: Arc<Mutex<BTreeMap<u64, (u32, usize)>>> = Arc::default();
+        let seen = wire.clone();
+        // Each consumer's permits and messages, by its number.
+        let tap = Tap::on(broker, move |_, command, frame| {
+            let mut seen = seen.lock().unwrap();
+            if let Some(flow) = &command.flow {
+                seen.entry(flow.consumer_id).or_default().0 += flow.message_permits;
+            }
+            if let Some(message) = &command.message {
+                seen.entry(message.consumer_id).or_default().1 += 1;
+            }
+            vec![frame]
+        })
+        .await;
+        let bed = tap.bed(broker).await;
+        let direct = Bed { lane: Bed::on(broker).await.lane, ..bed.clone() };
+        let join = shared("billing", Start::Earliest, 10);
+        let member = bed.lane.join(&bed.route, &bed.topic, join).await.unwrap();
+        for n in 0..10 {
+            direct.publish(n).await;
+        }
+        let mut held = take(&*member, 10).await;
+        let other = direct.join(Start::Earliest).await;
+        wire.lock().unwrap().clear();
+        if cut {
+            tap.close();
+        } else {
+            let path = format!("persistent/public/default/{}/unload", bed.topic);
+            admin(broker, Method::PUT, &path, Value::Null).await;
+        }
+        let both = async || bed.lane.groups(&bed.route, &bed.topic).await.is_ok_and(|of| of[0].members == 2);
+        // What it holds goes to the other, and so does what is new.
+        let others = take(&*other, 10).await;
+        tap.open();
+        soon(async { while !both().await {} }).await;
+        for n in 10..30 {
+            direct.publish(n).await;
+        }
+        let others: Vec<_> = others.into_iter().chain(take(&*other, 20).await).collect();
+        assert_eq!(sorted(&others), (0..30).collect::<Vec<_>>(), "cut: {cut}");
+        let came = wire.lock().unwrap().clone();
+        assert!(came.values().all(|counted| *counted == (0, 0)), "cut: {cut}: it has no room: {came:?}");
+
+        // With three settled it has room for three, and gets no more when it is the only one.
+        member.ack(held.drain(..3).map(|handed| handed.tag).collect()).await.unwrap();
+        drop(other);
+        let new = take(&*member, 3).await;
+        assert_quiet(&*member).await;
+        assert!(new.iter().all(|handed| number(&handed.envelope) >= 10), "cut: {cut}: {:?}", sorted(&new));
+        held.extend(new);
+        let mut left = 27;
+        while !held.is_empty() {
+            assert!(held.len() <= 10);
+            left -= held.len();
+            member.ack(held.drain(..).map(|handed| handed.tag).collect()).await.unwrap();
+            if left > 0 {
+                held = take(&*member, 1).await;
+            }
+        }
+        assert_quiet(&*member).await;
+        assert_eq!(bed.lane.groups(&bed.route, &bed.topic).await.unwrap()[0].backlog, 0);
     }
 }

@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use pulsar::proto::BaseCommand;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::gateway::{command, frame, served_by};
@@ -28,6 +29,8 @@ type Pass = Arc<dyn Fn(From, &BaseCommand, Bytes) -> Vec<Bytes> + Send + Sync>;
 /// Ends when it is dropped, and all connections with it.
 pub struct Tap {
     url: String,
+    /// No connection is made or lasts.
+    closed: watch::Sender<bool>,
     _accepting: JoinSet<()>,
 }
 
@@ -39,20 +42,43 @@ impl Tap {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("pulsar://{}", listener.local_addr().unwrap());
         let (us, to, pass): (_, _, Pass) = (url.clone(), broker.port(), Arc::new(pass));
+        let closed = watch::Sender::new(false);
         let mut accepting = JoinSet::new();
+        let cut = closed.subscribe();
         accepting.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((lane, _)) = listener.accept().await {
-                connections.spawn(carry(lane, to, us.clone(), pass.clone()));
+                let (mut cut, us, pass) = (cut.clone(), us.clone(), pass.clone());
+                connections.spawn(async move {
+                    tokio::select! {
+                        biased;
+                        _ = cut.wait_for(|closed| *closed) => {}
+                        _ = carry(lane, to, us, pass) => {}
+                    }
+                });
             }
         });
-        Self { url, _accepting: accepting }
+        Self { url, closed, _accepting: accepting }
+    }
+
+    /// Ends every connection, those that are made from now on at once.
+    pub fn close(&self) {
+        self.closed.send_replace(true);
+    }
+
+    pub fn open(&self) {
+        self.closed.send_replace(false);
+    }
+
+    /// How a lane has to be set to come by here.
+    pub fn settings(&self, broker: &Broker) -> DurableSettings {
+        DurableSettings { url: vec![self.url.clone()], ..settings(broker) }
     }
 
     /// A lane whose every connection comes by here, with a topic of its own.
     pub async fn bed(&self, broker: &Broker) -> Bed {
         let route = route("t.>", "persistent://public/default/{topic}");
-        Bed::with(route, DurableSettings { url: vec![self.url.clone()], ..settings(broker) }).await
+        Bed::with(route, self.settings(broker)).await
     }
 }
 

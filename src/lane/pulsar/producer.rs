@@ -239,9 +239,6 @@ impl Producer {
             let mut state = self.state();
             state.name = Some(success.producer_name);
             state.schema_version = success.schema_version.filter(|_| has_schema);
-            // Where the namespace de-duplicates: a number that it has seen would be dropped and called stored.
-            let seen = success.last_sequence_id.and_then(|last| u64::try_from(last).ok());
-            state.next = state.next.max(seen.map_or(0, |last| last + 1));
             state.attached = Some(Attached { session: session.clone(), epoch });
             state.attaching = false;
             state.sent = 0;

@@ -6,11 +6,11 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use pulsar::consumer::InitialPosition;
 use pulsar::proto::base_command::Type;
-use pulsar::proto::{BaseCommand, CommandSendError, ServerError};
+use pulsar::proto::{BaseCommand, CommandCloseProducer, CommandSendError, ServerError};
 use pulsar::{Consumer, ConsumerOptions, SubType};
 use serde_json::json;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
-use twinspan::lane::contract::LaneError;
+use twinspan::lane::contract::{LaneError, Receipt};
 use twinspan::message::{Message, Start};
 use twinspan::policy::table::{Compression, PulsarSchema};
 
@@ -167,80 +167,176 @@ async fn a_topic_that_moves_under_load_loses_and_repeats_nothing_and_its_publish
     assert_eq!((outcome.unknown.len(), outcome.refused.len()), (0, 0));
 }
 
-/// A broker that closes a topic confirms what it was about to store behind that.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_confirmed_behind_the_close_of_its_producer_is_not_stored_again() {
-    if left_out() {
-        return;
-    }
-    let broker = shared_pulsar().await;
-    for fenced in [false, true] {
-        let wire: Arc<std::sync::Mutex<Behind>> = Arc::default();
+/// What happens once to a topic's producer on the wire.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mishap {
+    /// Its receipts come when it was closed, because the topic is: the broker was about to store what they confirm.
+    Behind,
+    /// The same where the broker has refused an entry before, as it does when it begins to close the topic.
+    Refused,
+    /// A receipt never comes, as where the broker could not store the entry and stored the next one.
+    Lost,
+    /// A receipt comes twice, as where the entry was sent again.
+    Twice,
+    /// It is closed as soon as it is open.
+    Closed,
+}
+
+/// A wire on which that happens.
+struct Wire {
+    topic: String,
+    mishap: Option<Mishap>,
+    producer: u64,
+    request: u64,
+    held: Vec<Bytes>,
+    /// What it sends is lost until it is opened again.
+    deaf: bool,
+}
+
+impl Wire {
+    /// A lane by this wire, where nothing happens yet.
+    async fn bed(broker: &Broker) -> (Bed, Tap, Arc<std::sync::Mutex<Self>>) {
+        let wire = Self {
+            topic: String::new(),
+            mishap: None,
+            producer: 0,
+            request: 0,
+            held: Vec::new(),
+            deaf: false,
+        };
+        let wire = Arc::new(std::sync::Mutex::new(wire));
         let tapped = wire.clone();
-        let pass = move |_, command: &_, frame| tapped.lock().unwrap().pass(command, frame, fenced);
-        let tap = Tap::on(broker, pass).await;
+        let tap = Tap::on(broker, move |_, command, frame| tapped.lock().unwrap().pass(command, frame)).await;
         let bed = tap.bed(broker).await;
         wire.lock().unwrap().topic = bed.physical();
-        bed.publish(0).await;
-        wire.lock().unwrap().holds = true;
-        let mut receipts = Vec::new();
-        for n in 1..=5 {
-            receipts.push(bed.lane.append(&bed.route, &bed.topic, numbered(n), Publisher::default()).await);
-        }
-        let stored = async || read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await;
-        soon(async { while stored().await.len() < 6 {} }).await;
-        let path = format!("persistent/public/default/{}/unload", bed.topic);
-        admin(broker, Method::PUT, &path, Value::Null).await;
-        for (n, receipt) in (1..).zip(receipts) {
-            let position = soon(receipt.unwrap()).await.unwrap();
-            let at = stored().await.into_iter().find(|envelope| super::position(envelope) == position);
-            assert_eq!(at.map(|envelope| number(&envelope)), Some(n), "fenced: {fenced}");
-        }
-        bed.publish(6).await;
-        assert_eq!(numbers(&stored().await), (0..=6).collect::<Vec<_>>(), "fenced: {fenced}");
-        assert!(wire.lock().unwrap().behind > 0, "the receipts came behind the close");
+        (bed, tap, wire)
     }
-}
 
-/// Keeps a producer's receipts back until its topic is closed.
-#[derive(Default)]
-struct Behind {
-    topic: String,
-    producer: u64,
-    holds: bool,
-    held: Vec<Bytes>,
-    /// How many came then.
-    behind: usize,
-}
-
-impl Behind {
-    fn pass(&mut self, command: &BaseCommand, frame: Bytes, fenced: bool) -> Vec<Bytes> {
+    fn pass(&mut self, command: &BaseCommand, frame: Bytes) -> Vec<Bytes> {
         if let Some(producer) = command.producer.as_ref().filter(|producer| producer.topic == self.topic) {
-            self.producer = producer.producer_id;
+            (self.producer, self.request, self.deaf) = (producer.producer_id, producer.request_id, false);
         }
-        let is_ours = |id: u64| id == self.producer;
-        if self.holds && command.send_receipt.as_ref().is_some_and(|receipt| is_ours(receipt.producer_id)) {
-            self.held.push(frame);
+        if self.deaf && command.send.as_ref().is_some_and(|it| it.producer_id == self.producer) {
             return Vec::new();
         }
-        if !self.holds || !command.close_producer.as_ref().is_some_and(|close| is_ours(close.producer_id)) {
-            return vec![frame];
-        }
-        self.holds = false;
-        self.behind = self.held.len();
-        // A broker that has just begun to close refuses what still comes, and says more of that later.
+        let receipt = command.send_receipt.as_ref().is_some_and(|it| it.producer_id == self.producer);
+        let opened = command.producer_success.as_ref().is_some_and(|it| it.request_id == self.request);
+        let closed = command.close_producer.as_ref().is_some_and(|it| it.producer_id == self.producer);
+        let Some(mishap) = self.mishap else { return vec![frame] };
+        let passed = match mishap {
+            Mishap::Behind | Mishap::Refused if receipt => {
+                self.held.push(frame);
+                return Vec::new();
+            }
+            Mishap::Behind if closed => [frame].into_iter().chain(self.held.drain(..)).collect(),
+            Mishap::Refused if closed => {
+                [self.refuses()].into_iter().chain(self.held.drain(..)).chain([frame]).collect()
+            }
+            Mishap::Lost if receipt => Vec::new(),
+            Mishap::Twice if receipt => vec![frame.clone(), frame],
+            Mishap::Closed if opened => {
+                self.deaf = true;
+                vec![frame, self.closes()]
+            }
+            _ => return vec![frame],
+        };
+        self.mishap = None;
+        passed
+    }
+
+    fn refuses(&self) -> Bytes {
         let refused = CommandSendError {
             producer_id: self.producer,
             sequence_id: u64::MAX,
             error: ServerError::PersistenceError as i32,
             message: "fenced".into(),
         };
-        let refused =
-            BaseCommand { r#type: Type::SendError as i32, send_error: Some(refused), ..Default::default() };
-        let first = if fenced { encode(&refused) } else { frame.clone() };
-        let last = fenced.then_some(frame);
-        [first].into_iter().chain(self.held.drain(..)).chain(last).collect()
+        encode(&BaseCommand {
+            r#type: Type::SendError as i32,
+            send_error: Some(refused),
+            ..Default::default()
+        })
     }
+
+    fn closes(&self) -> Bytes {
+        let closed = CommandCloseProducer { producer_id: self.producer, request_id: u64::MAX };
+        let kind = Type::CloseProducer as i32;
+        encode(&BaseCommand { r#type: kind, close_producer: Some(closed), ..Default::default() })
+    }
+}
+
+async fn stored(bed: &Bed) -> Vec<Arc<Envelope>> {
+    read(&*bed.lane, &bed.route, &bed.topic, Start::Earliest).await
+}
+
+/// Publishes so many at once, each in an entry of its own.
+async fn publish_alone(bed: &Bed, numbers: std::ops::RangeInclusive<usize>) -> Vec<(usize, Receipt)> {
+    let mut receipts = Vec::new();
+    for n in numbers {
+        let message = Message { key: Some(n.to_string()), ..numbered(n) };
+        let receipt = bed.lane.append(&bed.route, &bed.topic, message, Publisher::default()).await;
+        receipts.push((n, receipt.unwrap()));
+    }
+    receipts
+}
+
+/// Each is stored where its receipt says.
+async fn are_confirmed(bed: &Bed, receipts: Vec<(usize, Receipt)>, what: Mishap) {
+    for (n, receipt) in receipts {
+        let confirmed = soon(receipt).await.unwrap();
+        let there = stored(bed).await.into_iter().find(|envelope| position(envelope) == confirmed);
+        assert_eq!(there.map(|envelope| number(&envelope)), Some(n), "{what:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_confirmed_behind_the_close_of_its_producer_is_not_stored_again() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    for mishap in [Mishap::Behind, Mishap::Refused] {
+        let (bed, _tap, wire) = Wire::bed(broker).await;
+        bed.publish(0).await;
+        wire.lock().unwrap().mishap = Some(mishap);
+        let receipts = publish_alone(&bed, 1..=5).await;
+        soon(async { while stored(&bed).await.len() < 6 {} }).await;
+        let path = format!("persistent/public/default/{}/unload", bed.topic);
+        admin(broker, Method::PUT, &path, Value::Null).await;
+        are_confirmed(&bed, receipts, mishap).await;
+        bed.publish(6).await;
+        assert_eq!(numbers(&stored(&bed).await), (0..=6).collect::<Vec<_>>(), "{mishap:?}");
+        assert_eq!(wire.lock().unwrap().mishap, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receipt_confirms_the_entry_that_it_names_and_no_other() {
+    if left_out() {
+        return;
+    }
+    let broker = shared_pulsar().await;
+    for mishap in [Mishap::Lost, Mishap::Twice] {
+        let (bed, _tap, wire) = Wire::bed(broker).await;
+        bed.publish(0).await;
+        wire.lock().unwrap().mishap = Some(mishap);
+        let receipts = publish_alone(&bed, 1..=5).await;
+        are_confirmed(&bed, receipts, mishap).await;
+        assert_eq!(wire.lock().unwrap().mishap, None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_producer_that_is_closed_as_soon_as_it_is_open_is_opened_again() {
+    if left_out() {
+        return;
+    }
+    let (bed, _tap, wire) = Wire::bed(shared_pulsar().await).await;
+    wire.lock().unwrap().mishap = Some(Mishap::Closed);
+    // Well before the publish timeout, which ends what nobody confirms.
+    let publishing = timeout(Duration::from_secs(5), bed.publish(0));
+    publishing.await.expect("it is opened again");
+    assert_eq!(wire.lock().unwrap().mishap, None);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -31,7 +31,7 @@ use crate::policy::table::{Declare, Route};
 use crate::telemetry::metrics::Metrics;
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
-use crate::wire::verbs::Group;
+use crate::wire::verbs::{Group, Status};
 use both::Both;
 use catalog::Catalog;
 use delivery::{GroupMember, StoredLetters, Surroundings};
@@ -67,6 +67,7 @@ pub enum Notice {
 /// What became of a publish, once it is known.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Published {
+    pub status: Status,
     pub lane: Lanes,
     pub id: Option<MessageId>,
     pub position: Option<Position>,
@@ -134,7 +135,7 @@ impl Bridge {
         let message = draft.accept();
         let (id, ts) = (message.id, message.ts);
         let lanes = route.lane;
-        let published = move |position| Published { lane: lanes, id, position, ts };
+        let published = move |position| Published { status: Status::Ok, lane: lanes, id, position, ts };
         match lane {
             Lane::Ephemeral => {
                 self.ephemeral.publish(&route, topic, message).await.map_err(fault).map_err(refused)?;

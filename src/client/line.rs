@@ -23,6 +23,7 @@ use super::connection::{ClientError, Fields, Sender};
 use super::dial::{Dial, Live};
 use crate::message::MessageId;
 use crate::wire::json::heard::{Heard, HeardError};
+use crate::wire::verbs::Status;
 
 /// What waits for its answer, in bytes; when it is full the caller waits. Each counts this much besides its payload,
 /// which bounds their number to 1,024.
@@ -51,15 +52,6 @@ pub struct Published {
     /// Where it is stored, on the durable lane.
     pub position: Option<String>,
     pub ts: String,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Status {
-    Ok,
-    /// Safe on the bridge's disk while the durable lane is down.
-    Spooled,
-    /// The id was there already: an earlier attempt had arrived.
-    Duplicate,
 }
 
 impl Published {

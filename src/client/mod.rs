@@ -36,8 +36,9 @@ pub use self::connection::{Client, ClientError, Sender};
 pub use self::consumer::{Consume, Consumed};
 pub use self::dial::Options;
 pub use self::event::{Event, Incoming};
-pub use self::line::{Published, SendError, Status};
+pub use self::line::{Published, SendError};
 pub use self::subscription::{Subscribe, Subscription};
+pub use crate::wire::verbs::Status;
 
 /// A client for services: what it does survives the connection that it was begun on. Cheap to clone.
 #[derive(Clone)]

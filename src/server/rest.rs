@@ -258,6 +258,7 @@ async fn publish(
     let draft = draft(&app, &headers, body)?;
     let published = app.bridge.publish(&topic, draft, Publisher::default()).await?.known().await?;
     let ack = wire::verbs::Ack {
+        status: published.status,
         topic: Some(topic.into()),
         lane: Some(published.lane),
         message_id: published.id,

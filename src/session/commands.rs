@@ -131,6 +131,7 @@ impl Reader {
             confirm.then(|| {
                 let ack = Ack {
                     request_id,
+                    status: published.status,
                     topic: Some(topic.into()),
                     lane: Some(published.lane),
                     message_id: published.id,
@@ -197,7 +198,8 @@ impl Reader {
         self.pending.push(Box::pin(async move {
             let results = outcomes.into_iter().map(|outcome| async {
                 let published = outcome?.known().await?;
-                Ok(Accepted { message_id: published.id, position: published.position, ts: published.ts })
+                let Published { status, id: message_id, position, ts, .. } = published;
+                Ok(Accepted { status, message_id, position, ts })
             });
             let results: Vec<Result<Accepted, Fault>> = join_all(results).await;
             drop(under_way);

@@ -148,6 +148,7 @@ pub struct Delivery {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Ack {
     pub request_id: Option<Arc<str>>,
+    pub status: Status,
     pub topic: Option<Pattern>,
     pub lane: Option<Lanes>,
     pub message_id: Option<MessageId>,
@@ -161,9 +162,31 @@ pub struct Ack {
     pub results: Vec<Result<Accepted, Fault>>,
 }
 
+/// What was done about something that is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Status {
+    #[default]
+    Ok,
+    /// Safe on the bridge's disk while the durable lane is down.
+    Spooled,
+    /// The id was there already: an earlier attempt had arrived.
+    Duplicate,
+}
+
+impl Status {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::Ok => "ok",
+            Status::Spooled => "spooled",
+            Status::Duplicate => "duplicate",
+        }
+    }
+}
+
 /// One message of several that the lane has.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Accepted {
+    pub status: Status,
     pub message_id: Option<MessageId>,
     pub position: Option<Position>,
     pub ts: Timestamp,

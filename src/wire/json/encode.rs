@@ -150,7 +150,7 @@ fn delivered(envelope: &Envelope, more: impl FnOnce(&mut Object)) -> Bytes {
 fn acknowledgement(ack: &Ack) -> Bytes {
     let mut out = Object::frame("ack", ack.request_id.as_deref());
     if ack.results.is_empty() {
-        out.text("status", "ok");
+        out.text("status", ack.status.as_str());
     }
     if let Some(topic) = &ack.topic {
         out.text("topic", topic.as_str());
@@ -191,8 +191,8 @@ fn acknowledgement(ack: &Ack) -> Bytes {
 fn result_value(result: &Result<Accepted, Fault>) -> Vec<u8> {
     let mut out = Object::new();
     match result {
-        Ok(Accepted { message_id, position, ts }) => {
-            out.text("status", "ok");
+        Ok(Accepted { status, message_id, position, ts }) => {
+            out.text("status", status.as_str());
             if let Some(id) = message_id {
                 out.quoted("message_id", id);
             }
@@ -317,7 +317,7 @@ mod tests {
     use super::*;
     use crate::message::{Lane, Place, Position, ReplyTo, Stored};
     use crate::topic::Topic;
-    use crate::wire::verbs::{Delivery, GapReason};
+    use crate::wire::verbs::{Delivery, GapReason, Status};
 
     fn shown(event: &Event) -> String {
         String::from_utf8(super::event(event, Timestamp::from_millis(0)).to_vec()).unwrap()
@@ -400,12 +400,19 @@ mod tests {
             shown(&Event::Ack(ack.into())),
             r#"{"type":"ack","request_id":"r1","status":"ok","lane":"durable","ts":"1970-01-01T00:00:00.000Z"}"#
         );
+        let ack = Ack { status: Status::Duplicate, ..Ack::default() };
+        assert_eq!(
+            shown(&Event::Ack(ack.into())),
+            r#"{"type":"ack","status":"duplicate","ts":"1970-01-01T00:00:00.000Z"}"#
+        );
         // The frame says nothing about all of them: each result has its own status.
-        let accepted = Accepted { message_id: None, position: None, ts: Timestamp::from_millis(0) };
-        let results = vec![Ok(accepted), Err(Fault::bad_request("no"))];
+        let accepted =
+            |status| Accepted { status, message_id: None, position: None, ts: Timestamp::from_millis(0) };
+        let results =
+            vec![Ok(accepted(Status::Ok)), Ok(accepted(Status::Spooled)), Err(Fault::bad_request("no"))];
         assert_eq!(
             shown(&Event::Ack(Ack { results, ..Ack::default() }.into())),
-            r#"{"type":"ack","results":[{"status":"ok","ts":"1970-01-01T00:00:00.000Z"},{"error":{"code":"BAD_REQUEST","message":"no","retryable":false}}],"ts":"1970-01-01T00:00:00.000Z"}"#
+            r#"{"type":"ack","results":[{"status":"ok","ts":"1970-01-01T00:00:00.000Z"},{"status":"spooled","ts":"1970-01-01T00:00:00.000Z"},{"error":{"code":"BAD_REQUEST","message":"no","retryable":false}}],"ts":"1970-01-01T00:00:00.000Z"}"#
         );
         let info = Info::LaneDown { lane: Lane::Durable, message: "gone\u{7}".into() };
         assert!(

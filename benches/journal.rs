@@ -39,6 +39,7 @@ async fn measure(payload: usize, in_flight: usize, count: usize) {
         live: Live::AfterStore,
         retention: Retention::default(),
         declare: Declare::Auto,
+        dedup_window: Duration::ZERO,
         redelivery: Redelivery::default(),
         compression: Compression::None,
         pulsar_schema: PulsarSchema::Bytes,

@@ -14,6 +14,7 @@ pub mod catalog;
 pub mod delivery;
 pub mod groups;
 pub mod filters;
+pub mod ids;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,6 +38,7 @@ use catalog::Catalog;
 use delivery::{GroupMember, StoredLetters, Surroundings};
 use filters::Filters;
 use groups::Groups;
+use ids::{Begun, Ids};
 
 /// How many notices a session may be behind; one that is further behind learns the present state instead.
 const NOTICES_MAX: usize = 256;
@@ -50,6 +52,7 @@ pub struct Bridge {
     pub groups: Arc<Groups>,
     letters: Arc<StoredLetters>,
     pub filters: Filters,
+    pub ids: Ids,
     pub metrics: Arc<Metrics>,
     notices: broadcast::Sender<Notice>,
 }
@@ -96,9 +99,11 @@ impl Bridge {
         durable: Arc<dyn DurableLane>,
         catalog: Catalog,
         metrics: Arc<Metrics>,
+        publish_timeout: Duration,
     ) -> Self {
         let filters = Filters::new(metrics.clone());
         let both = Both::new(durable.clone(), ephemeral.clone(), metrics.clone());
+        let ids = Ids::new(durable.clone(), metrics.clone(), publish_timeout);
         Self {
             policy,
             ephemeral,
@@ -108,6 +113,7 @@ impl Bridge {
             groups: Arc::default(),
             letters: Arc::default(),
             filters,
+            ids,
             metrics,
             notices: broadcast::channel(NOTICES_MAX).0,
         }
@@ -132,6 +138,7 @@ impl Bridge {
             fault
         };
         self.admit(&route, topic, &draft).map_err(refused)?;
+        let given = draft.id;
         let message = draft.accept();
         let (id, ts) = (message.id, message.ts);
         let lanes = route.lane;
@@ -144,19 +151,24 @@ impl Bridge {
                 Ok(Outcome::Known(published(None)))
             }
             Lane::Durable => {
-                let receipt = self
-                    .both
-                    .append(&route, topic, message, publisher)
-                    .await
-                    .map_err(fault)
-                    .map_err(refused)?;
+                let known = self.ids.begin(&route, topic, given, ts).await;
+                let ticket = match known.map_err(fault).map_err(refused)? {
+                    Begun::New(ticket) => ticket,
+                    Begun::Duplicate(position) => {
+                        self.metrics.duplicate(lane, &route.name);
+                        let first = Published { status: Status::Duplicate, ..published(position) };
+                        return Ok(Outcome::Known(first));
+                    }
+                };
+                let appended = self.both.append(&route, topic, message, publisher).await;
+                let receipt = ticket.of(appended).map_err(fault).map_err(refused)?;
                 self.catalog.published(topic);
                 let metrics = self.metrics.clone();
                 Ok(Outcome::Later(Box::pin(async move {
-                    match receipt.await {
+                    match receipt.outcome().await {
                         Ok(position) => {
                             metrics.published(lane, &route.name, bytes, begun.elapsed());
-                            Ok(published(Some(position)))
+                            Ok(published(position))
                         }
                         Err(error) => {
                             let fault = fault(error);

@@ -91,6 +91,7 @@ mod testing {
             live: Live::AfterStore,
             retention: Retention::default(),
             declare: Declare::Auto,
+            dedup_window: std::time::Duration::ZERO,
             redelivery: Redelivery::default(),
             compression: Compression::None,
             pulsar_schema: PulsarSchema::Bytes,

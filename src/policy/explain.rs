@@ -121,6 +121,7 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
             shown("outage", json!("reject")),
             shown("retention", retention(route.retention)),
             shown("declare", declare(route.declare)),
+            shown("dedup_window", json!(units::show_duration(route.dedup_window))),
             shown("ack_timeout", json!(route.redelivery.ack_timeout.map(units::show_duration))),
             shown("max_deliveries", json!(dead_letter.map(|dead_letter| dead_letter.max_deliveries))),
             shown("backoff", backoff(&route.redelivery.backoff)),
@@ -330,6 +331,7 @@ routes that match as well, and lose
         let rows: Vec<_> =
             text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
         for row in [
+            "dedup_window 2m default",
             "ack_timeout none default",
             "max_deliveries 5 r.toml:14",
             "backoff 1s, 30s r.toml:13",

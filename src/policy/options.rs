@@ -18,10 +18,14 @@ pub const MAX_DELIVERIES_MAX: usize = 10_000;
 const BACKOFFS_MAX: usize = 32;
 /// Far beyond any sense, and within what clocks can add.
 const WAIT_MAX: Duration = Duration::from_secs(365 * 86_400);
+/// Long enough for any publisher to try again.
+pub const DEDUP_WINDOW_DEFAULT: Duration = Duration::from_secs(120);
+/// What was stored within it is read when it is first needed.
+const DEDUP_WINDOW_MAX: Duration = Duration::from_secs(86_400);
 const NAME_BYTES_MAX: usize = 128;
 
 /// Which lane an option is for; `None`: any. A route of both lanes has the options of both.
-pub const OPTIONS: [(&str, Option<Lanes>); 21] = [
+pub const OPTIONS: [(&str, Option<Lanes>); 22] = [
     ("name", None),
     ("topic", None),
     ("lane", None),
@@ -36,6 +40,7 @@ pub const OPTIONS: [(&str, Option<Lanes>); 21] = [
     ("outage", Some(Lanes::DURABLE)),
     ("retention", Some(Lanes::DURABLE)),
     ("declare", Some(Lanes::DURABLE)),
+    ("dedup_window", Some(Lanes::DURABLE)),
     ("ack_timeout", Some(Lanes::DURABLE)),
     ("max_deliveries", Some(Lanes::DURABLE)),
     ("backoff", Some(Lanes::DURABLE)),
@@ -47,8 +52,7 @@ pub const OPTIONS: [(&str, Option<Lanes>); 21] = [
 
 const NO_AUTHENTICATION: &str = "no authentication is configured in this build, so nobody has rights: leave it out, everyone who may connect may";
 /// Options of the contract that this build cannot honor, and what holds instead.
-pub const NOT_IN_THIS_BUILD: [(&str, &str); 4] = [
-    ("dedup_window", "not in this build: a message published twice is stored twice, with the same id"),
+pub const NOT_IN_THIS_BUILD: [(&str, &str); 3] = [
     ("rate", "not in this build: nobody is slowed down by a rate"),
     ("publish", NO_AUTHENTICATION),
     ("subscribe", NO_AUTHENTICATION),
@@ -92,10 +96,18 @@ pub fn size(item: &Item) -> Result<u64, String> {
 }
 
 fn wait(item: &Item) -> Result<Duration, String> {
+    at_most(WAIT_MAX, item)
+}
+
+fn at_most(max: Duration, item: &Item) -> Result<Duration, String> {
     match units::parse_duration(text(item)?).map_err(|e| e.to_string())? {
-        wait if wait > WAIT_MAX => Err(format!("at most {}", units::show_duration(WAIT_MAX))),
+        wait if wait > max => Err(format!("at most {}", units::show_duration(max))),
         wait => Ok(wait),
     }
+}
+
+pub fn dedup_window(item: &Item) -> Result<Duration, String> {
+    at_most(DEDUP_WINDOW_MAX, item)
 }
 
 pub fn ack_timeout(item: &Item) -> Result<Duration, String> {

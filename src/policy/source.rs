@@ -115,6 +115,7 @@ impl<'a> Reader<'a> {
         let overflow = self.optional("overflow", options::overflow);
         let retention = self.retention();
         let declare = self.optional("declare", options::declare);
+        let dedup_window = self.optional("dedup_window", options::dedup_window);
         let redelivery = self.redelivery();
         let compression = self.optional("compression", options::compression);
         let pulsar_schema = self.optional("pulsar_schema", options::pulsar_schema);
@@ -143,6 +144,7 @@ impl<'a> Reader<'a> {
             live: live.unwrap_or_default(),
             retention,
             declare: declare.unwrap_or(Declare::Auto),
+            dedup_window: dedup_window.unwrap_or(options::DEDUP_WINDOW_DEFAULT),
             redelivery,
             compression: compression.unwrap_or_default(),
             pulsar_schema: pulsar_schema.unwrap_or_default(),
@@ -312,6 +314,7 @@ fn implied(written: &[Draft], problems: &mut Vec<Problem>) -> Vec<Draft> {
                 lane: Lanes::DURABLE,
                 retention: Retention::default(),
                 declare: Declare::Auto,
+                dedup_window: options::DEDUP_WINDOW_DEFAULT,
                 redelivery: Redelivery::default(),
                 max_payload: None,
                 schema: None,
@@ -411,6 +414,7 @@ mod tests {
             outage = "reject"
             retention = { age = "7d", size = "10GiB" }
             declare = "required"
+            dedup_window = "1d"
         "#;
         let table = read(Path::new("r.toml"), text, &|_| Err(std::io::ErrorKind::NotFound.into())).unwrap();
         let [durable, ephemeral] = table.routes() else { panic!("{table:?}") };
@@ -421,6 +425,8 @@ mod tests {
         assert_eq!((&*durable.name, durable.lane), ("orders.>", Lanes::DURABLE));
         assert_eq!((durable.history, durable.queue, durable.overflow), (100, 100, Overflow::DropOldest));
         assert_eq!((durable.declare, durable.retention.size), (Declare::Required, Some(10 << 30)));
+        assert_eq!(durable.dedup_window, std::time::Duration::from_secs(86_400));
+        assert_eq!(ephemeral.dedup_window, std::time::Duration::from_secs(120));
         assert_eq!(durable.retention.age, Some(std::time::Duration::from_secs(604_800)));
         assert_eq!(durable.pulsar.apply("orders.eu"), "persistent://acme/billing/orders.eu");
         let (_, written) = table.entries().next().unwrap();
@@ -478,6 +484,13 @@ mod tests {
             ("durable", "retention.age = \"7\"", "age: \"7\" is no duration"),
             ("durable", "retention.age = \"0s\"", "age: with no age at all"),
             ("durable", "declare = \"must\"", "declare: expected \"auto\" or \"required\", found \"must\""),
+            ("durable", "dedup_window = \"25h\"", "dedup_window: at most 1d"),
+            ("durable", "dedup_window = 120", "dedup_window: expected a string, found an integer"),
+            (
+                "ephemeral",
+                "dedup_window = \"2m\"",
+                "dedup_window is an option of a durable route, and r.toml:3 says lane =",
+            ),
             ("durable", "outage = \"spool\"", "outage: \"spool\" is not in this build"),
             ("durable", "ack_timeout = \"0s\"", "ack_timeout: with no time at all"),
             ("durable", "backoff = \"1s\"", "backoff: expected a list of 1 to 32 durations"),

@@ -32,6 +32,8 @@ pub struct Route {
     pub live: Live,
     pub retention: Retention,
     pub declare: Declare,
+    /// How long what was published is known by its id, so that it is not stored again. Zero: not at all.
+    pub dedup_window: Duration,
     pub redelivery: Redelivery,
     pub compression: Compression,
     pub pulsar_schema: PulsarSchema,

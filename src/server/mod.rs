@@ -70,7 +70,9 @@ impl Running {
         let catalog = Catalog::open(dir)
             .map_err(|source| StartError::Catalog { dir: dir.display().to_string(), source })?;
         let policy = reloader.policy().clone();
-        let bridge = Arc::new(Bridge::new(policy, lanes.ephemeral, lanes.durable, catalog, metrics));
+        let publish_timeout = settings.lanes.durable.publish_timeout;
+        let bridge = Bridge::new(policy, lanes.ephemeral, lanes.durable, catalog, metrics, publish_timeout);
+        let bridge = Arc::new(bridge);
         let bind = async |address: SocketAddr, setting| {
             let failed = |source| StartError::Listen { address, setting, source };
             let listener = TcpListener::bind(address).await.map_err(failed)?;
@@ -120,6 +122,7 @@ impl Running {
         self.app.sessions.close();
         let ended = tokio::time::timeout(grace, async {
             self.app.sessions.wait().await;
+            self.app.bridge.ids.close();
             tokio::join!(self.app.bridge.ephemeral.close(), self.app.bridge.durable.close());
             self.stop_admin.cancel();
             self.tasks.close();

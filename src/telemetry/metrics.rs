@@ -43,6 +43,8 @@ pub struct Metrics {
     unacked_messages: IntGaugeVec,
     filter_evaluations_total: IntCounterVec,
     topic_listings_total: IntCounter,
+    remembered_ids: IntGauge,
+    forgotten_ids_total: IntCounter,
     queue_depth: Histogram,
     errors_total: IntCounterVec,
     reload_success: IntGauge,
@@ -157,6 +159,20 @@ impl Metrics {
                     "How often the durable lane's broker was asked for all topics to find new ones: by the second where it does not tell of them itself.",
                 )),
             ),
+            remembered_ids: registered(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "remembered_ids",
+                    "Ids that a publish is compared with, of the routes' dedup_window.",
+                )),
+            ),
+            forgotten_ids_total: registered(
+                &registry,
+                IntCounter::with_opts(opts(
+                    "forgotten_ids_total",
+                    "Ids that were forgotten before their dedup_window was over, because there were too many.",
+                )),
+            ),
             queue_depth: registered(
                 &registry,
                 Histogram::with_opts(HistogramOpts {
@@ -248,6 +264,17 @@ impl Metrics {
         self.messages_total
             .with_label_values(&[lane.as_str(), route, "in", &code.as_str().to_lowercase()])
             .inc();
+    }
+
+    /// A publish whose id was there already.
+    pub fn duplicate(&self, lane: Lane, route: &str) {
+        self.messages_total.with_label_values(&[lane.as_str(), route, "in", "duplicate"]).inc();
+    }
+
+    /// How many ids are remembered now, and how many others had to be forgotten for them.
+    pub fn ids_remembered(&self, remembered: usize, forgotten: usize) {
+        self.remembered_ids.set(i64::try_from(remembered).unwrap_or(i64::MAX));
+        self.forgotten_ids_total.inc_by(forgotten as u64);
     }
 
     /// Events of one route were written to one client's socket, each so old.

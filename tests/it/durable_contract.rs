@@ -83,6 +83,7 @@ pub fn route(name: &str, pattern: &str, retention: Retention) -> Route {
         live: Live::AfterStore,
         retention,
         declare: Declare::Auto,
+        dedup_window: Duration::ZERO,
         redelivery: Redelivery::default(),
         compression: Compression::None,
         pulsar_schema: PulsarSchema::Bytes,

@@ -18,7 +18,7 @@ use crate::durable_contract::{SOON, backlog, number, numbered, numbers, read, ro
 
 mod crash;
 mod damage;
-mod disk;
+pub mod disk;
 mod full;
 mod groups;
 

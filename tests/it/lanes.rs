@@ -56,6 +56,7 @@ pub fn ephemeral(topics: &str, nats: &str) -> Route {
         live: Live::AfterStore,
         retention: Retention::default(),
         declare: Declare::Auto,
+        dedup_window: Duration::ZERO,
         redelivery: Redelivery::default(),
         compression: Compression::None,
         pulsar_schema: PulsarSchema::Bytes,

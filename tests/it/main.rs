@@ -22,6 +22,7 @@ mod filters;
 mod hostile;
 mod hostile_sockets;
 mod http;
+mod ids;
 mod joining;
 mod journal;
 mod killed;

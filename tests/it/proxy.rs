@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, MutexGuard, OnceCell, watch};
 use tokio::task::JoinSet;
 
 use crate::brokers::{Broker, Options};
@@ -74,6 +74,15 @@ impl Proxy {
         options.forwarded = Some(proxy.to.clone());
         let broker = Broker::pulsar(&options).await;
         (broker, proxy)
+    }
+
+    /// One of each for the tests that take turns in breaking the way.
+    pub async fn shared_pulsar() -> MutexGuard<'static, (Broker, Self)> {
+        static SHARED: OnceCell<Mutex<(Broker, Proxy)>> = OnceCell::const_new();
+        let shared = SHARED.get_or_init(async || Mutex::new(Self::pulsar(Options::default()).await)).await;
+        let shared = shared.lock().await;
+        shared.1.resume();
+        shared
     }
 
     pub fn lead_to(&self, port: u16) {

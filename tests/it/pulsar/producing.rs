@@ -9,7 +9,6 @@ use pulsar::proto::base_command::Type;
 use pulsar::proto::{BaseCommand, CommandCloseProducer, CommandSendError, ServerError};
 use pulsar::{Consumer, ConsumerOptions, SubType};
 use serde_json::json;
-use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use twinspan::lane::contract::{LaneError, Receipt};
 use twinspan::message::{Message, Start};
 use twinspan::policy::table::{Compression, PulsarSchema};
@@ -18,21 +17,12 @@ use super::gateway::encode;
 use super::load::{EACH, Publishers};
 use super::tap::Tap;
 use super::*;
-use crate::brokers::Options;
 use crate::durable_contract::{numbers, read};
 use crate::proxy::Proxy;
-
-/// One broker behind one proxy for the tests of this file, which take turns in breaking it.
-async fn proxied() -> MutexGuard<'static, (Broker, Proxy)> {
-    static PROXIED: OnceCell<Mutex<(Broker, Proxy)>> = OnceCell::const_new();
-    let proxied = PROXIED.get_or_init(async || Mutex::new(Proxy::pulsar(Options::default()).await)).await;
-    proxied.lock().await
-}
 
 /// A lane through the proxy, with a topic of its own.
 async fn through(proxied: &(Broker, Proxy), template: &str) -> Bed {
     let (broker, proxy) = proxied;
-    proxy.resume();
     Bed::with(route("t.>", template), DurableSettings { url: vec![proxy.pulsar_url()], ..settings(broker) })
         .await
 }
@@ -71,7 +61,7 @@ async fn connections_cut_every_200_ms_lose_nothing_confirmed_and_keep_each_keys_
     if left_out() {
         return;
     }
-    let proxied = proxied().await;
+    let proxied = Proxy::shared_pulsar().await;
     let (bed, load) = loaded(&proxied, "persistent://public/default/{topic}").await;
     let cutting = proxied.1.cut_every(Duration::from_millis(200));
     let before = proxied.1.accepted();
@@ -88,7 +78,7 @@ async fn a_namespace_that_de_duplicates_has_each_message_once_after_50_cuts() {
     if left_out() {
         return;
     }
-    let proxied = proxied().await;
+    let proxied = Proxy::shared_pulsar().await;
     admin(&proxied.0, Method::PUT, "namespaces/public/once", Value::Null).await;
     admin(&proxied.0, Method::POST, "namespaces/public/once/deduplication", Value::Bool(true)).await;
     let (bed, load) = loaded(&proxied, "persistent://public/once/{topic}").await;
@@ -109,7 +99,7 @@ async fn five_seconds_of_a_load_balancer_without_a_backend_lose_nothing_confirme
     if left_out() {
         return;
     }
-    let proxied = proxied().await;
+    let proxied = Proxy::shared_pulsar().await;
     let (bed, load) = loaded(&proxied, "persistent://public/default/{topic}").await;
     proxied.1.accept_then_close();
     proxied.1.cut();
@@ -131,7 +121,7 @@ async fn a_black_hole_is_noticed_within_three_seconds_and_nothing_confirmed_is_l
     if left_out() {
         return;
     }
-    let proxied = proxied().await;
+    let proxied = Proxy::shared_pulsar().await;
     let (bed, load) = loaded(&proxied, "persistent://public/default/{topic}").await;
     proxied.1.hold();
     let took = is_down(&*bed.lane).await;

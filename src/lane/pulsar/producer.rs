@@ -214,16 +214,18 @@ impl Producer {
         let session = self.common.cluster.owner(&self.physical).await?;
         let asked = self.state().options.schema;
         let schema = self.schema(&session, asked).await?;
-        let (epoch, name) = {
+        let (epoch, name, freed) = {
             let mut state = self.state();
             state.epoch += 1;
+            let freed = state.forget_answered();
             state.in_flight.iter_mut().for_each(|sealed| sealed.resent = true);
             if state.in_flight.is_empty() {
                 // Nothing to tell from what is new, and a name that a lost connection still holds would be waited for.
                 state.name = None;
             }
-            (state.epoch, state.name.clone())
+            (state.epoch, state.name.clone(), freed)
         };
+        self.free(freed);
         let command = CommandProducer {
             topic: self.physical.as_str().into(),
             producer_id: self.id,
@@ -242,6 +244,7 @@ impl Producer {
             state.attached = Some(Attached { session: session.clone(), epoch });
             state.attaching = false;
             state.sent = 0;
+            let freed = state.forget_answered();
             if let Some(fault) = state.fault.take() {
                 debug!(topic = %self.physical, %fault, "A durable topic can be published to again.");
             }
@@ -250,6 +253,8 @@ impl Producer {
                 true => self.let_go(&mut state),
                 false => self.go_on(&mut state),
             }
+            drop(state);
+            self.free(freed);
         }
         // It may have been closed before anybody here knew that it was open.
         if !session.has_producer(self.id, epoch) {
@@ -361,10 +366,7 @@ impl Producer {
             });
         }
         if attached.is_none() {
-            // Nobody waits for those any more: they are not sent again.
-            while let Some(sealed) = in_flight.pop_front_if(|sealed| sealed.is_answered()) {
-                freed.and(sealed.forget());
-            }
+            freed.and(state.forget_answered());
         } else if in_flight.front().is_some_and(Sealed::is_answered) {
             // A broker that has confirmed nothing for so long is asked anew.
             *fault = Some(Fault::Lost(format!("`{}` confirmed nothing for {within} s", self.physical)));
@@ -449,6 +451,16 @@ impl State {
         self.sent = 0;
         for sealed in self.in_flight.drain(..) {
             freed.and(sealed.fail(sent));
+        }
+        freed
+    }
+
+    /// Nobody waits for those any more, and whoever was told that their outcome is not known may have looked for them
+    /// since: they are not sent again.
+    fn forget_answered(&mut self) -> Freed {
+        let mut freed = Freed::default();
+        while let Some(sealed) = self.in_flight.pop_front_if(|sealed| sealed.is_answered()) {
+            freed.and(sealed.forget());
         }
         freed
     }

@@ -300,3 +300,44 @@ async fn what_a_publisher_was_told_is_there_for_it_to_read_at_once() {
         assert_eq!(numbers(&read(&*lane, &route, &topic, Start::Last(1)).await), [n]);
     }
 }
+
+#[tokio::test]
+async fn what_is_removed_is_gone_for_good_and_the_rest_stays_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let lane = open(dir.path()).unwrap();
+    let (topic, other) = (topic("a"), topic("b"));
+    // More than one commit removes.
+    let mut receipts = Vec::new();
+    for n in 0..5000 {
+        receipts.push(lane.keep(&topic, of_size(n, 100, 7)).await.unwrap());
+    }
+    let mut places = Vec::new();
+    for receipt in receipts {
+        places.push(soon(receipt).await.unwrap().place(0).unwrap());
+    }
+    soon(lane.keep(&other, numbered(9)).await.unwrap()).await.unwrap();
+    let other_bytes = lane.holding(&other).bytes;
+    assert_eq!(lane.live_bytes(), lane.holding(&topic).bytes + other_bytes);
+
+    soon(lane.remove(&topic, places[4499])).await.unwrap();
+    soon(lane.remove(&topic, places[10])).await.unwrap();
+    soon(lane.remove(&self::topic("never"), places[10])).await.unwrap();
+    let held = lane.holding(&topic);
+    assert_eq!((held.messages, held.oldest), (500, Some(Timestamp::from_millis(7))));
+    assert!((500 * 100..500 * 200).contains(&held.bytes), "{}", held.bytes);
+    assert_eq!(lane.live_bytes(), held.bytes + other_bytes);
+    lane.close().await;
+
+    let lane = open(dir.path()).unwrap();
+    assert_eq!(
+        numbers(&read(&*lane, &for_ever(), &topic, Start::Earliest).await),
+        (4500..5000).collect::<Vec<_>>()
+    );
+    assert_eq!(lane.live_bytes(), lane.holding(&topic).bytes + other_bytes);
+    soon(lane.remove(&topic, places[4999])).await.unwrap();
+    assert_eq!(lane.holdings().iter().map(|held| held.topic.clone()).collect::<Vec<_>>(), [other]);
+    assert_eq!(lane.live_bytes(), other_bytes);
+    // Its numbers go on.
+    let next = append(&lane, &for_ever(), &topic, 5000).await.unwrap();
+    assert_eq!(next.place(0).unwrap().entry, 5001);
+}

@@ -2,6 +2,7 @@
 //! unknown outcome left behind when it is opened again.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering;
 
 use redb::{ReadTransaction, ReadableTable, ReadableTableMetadata};
 
@@ -24,6 +25,8 @@ pub fn load(log: &Log) -> Result<u32, Failure> {
         }
         log.topics.is_stored(&topic.topic);
     }
+    let live_bytes = topics.iter().map(|(_, extent)| extent.bytes).sum();
+    log.live_bytes.store(live_bytes, Ordering::Relaxed);
     let stored: HashSet<_> = groups.iter().map(|(id, name, _)| (*id, name.as_str())).collect();
     for topic in log.topics.stored() {
         let id = topic.extent().id;

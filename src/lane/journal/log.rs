@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -27,6 +28,8 @@ pub struct Log {
     /// Confirmations that have not come by then are unknown.
     pub timeout: Duration,
     pub state: watch::Sender<LaneState>,
+    /// What all records take together.
+    pub live_bytes: AtomicU64,
     /// Counts how often the store was opened again.
     pub reopened: watch::Sender<u64>,
     /// A reader met a failure that only opening the store again heals.
@@ -93,6 +96,12 @@ pub enum Command {
         /// Its share of what may wait in line.
         room: tokio::sync::OwnedSemaphorePermit,
         receipt: Done<Position>,
+    },
+    /// Removes the oldest messages of a topic, those before `before`, and says whether one commit's worth was enough.
+    Remove {
+        log: Arc<TopicLog>,
+        before: u64,
+        done: Done<bool>,
     },
     Create {
         log: Arc<TopicLog>,

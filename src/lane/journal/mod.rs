@@ -14,6 +14,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -29,15 +30,15 @@ use self::log::{Command, Done, Line, Log, closed};
 use self::member::LogMember;
 use self::reader::{LogReader, begin, read_batch};
 use self::store::{Store, open_file};
-use self::topics::{Topics, lock};
+use self::topics::{TopicLog, Topics, lock};
 use self::writer::Writer;
 use super::contract::{
     DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
 };
 use super::tail::Tail;
-use crate::message::{Lane, Message, Start};
+use crate::message::{Lane, Message, Place, Start, Timestamp};
 use crate::policy::Policy;
-use crate::policy::table::Route;
+use crate::policy::table::{Retention, Route};
 use crate::telemetry::metrics::Metrics;
 use crate::topic::{Pattern, Topic};
 
@@ -100,6 +101,7 @@ impl Journal {
             metrics,
             timeout: publish_timeout,
             state: watch::Sender::new(LaneState::Up),
+            live_bytes: AtomicU64::new(0),
             reopened: watch::Sender::new(0),
             suspect: Notify::new(),
             closed: CancellationToken::new(),
@@ -116,27 +118,36 @@ impl Journal {
         Ok(Arc::new(Self { log, line, room }))
     }
 
-    /// Asks the writer, and waits no longer than for a publish.
-    async fn ask<T>(&self, command: impl FnOnce(Done<T>) -> Command, topic: &Topic) -> Result<T, LaneError> {
-        let (done, answer) = oneshot::channel();
-        let asked = async {
-            self.line.send(command(done)).await.map_err(|_| closed())?;
-            answer.await.map_err(|_| closed())?
-        };
-        timeout(self.log.timeout, asked).await.map_err(|_| LaneError::Timeout(topic.clone()))?
+    /// As `append`, and keeps it until it is removed: no route's retention applies.
+    pub async fn keep(&self, topic: &Topic, message: Message) -> Result<Receipt, LaneError> {
+        self.put(topic, Retention::default(), message).await
     }
-}
 
-#[async_trait]
-impl DurableLane for Journal {
-    async fn append(
-        &self,
-        route: &Arc<Route>,
-        topic: &Topic,
-        message: Message,
-        _publisher: Publisher,
-    ) -> Result<Receipt, LaneError> {
-        let (limit, retention) = (self.log.timeout, route.retention);
+    /// Returns once everything of the topic up to this place is removed for good. After an error some of it may be.
+    pub async fn remove(&self, topic: &Topic, through: Place) -> Result<(), LaneError> {
+        let (log, before) = (self.log.topics.get(topic), through.entry + 1);
+        // One commit removes a bounded number.
+        while !self.ask(|done| Command::Remove { log: log.clone(), before, done }, topic).await? {}
+        Ok(())
+    }
+
+    /// What the topics hold that hold anything.
+    pub fn holdings(&self) -> Vec<Holding> {
+        let stored = self.log.topics.stored();
+        stored.iter().map(|log| Holding::of(log)).filter(|holding| holding.messages > 0).collect()
+    }
+
+    pub fn holding(&self, topic: &Topic) -> Holding {
+        Holding::of(&self.log.topics.get(topic))
+    }
+
+    /// What all records take together.
+    pub fn live_bytes(&self) -> u64 {
+        self.log.live_bytes.load(Ordering::Relaxed)
+    }
+
+    async fn put(&self, topic: &Topic, retention: Retention, message: Message) -> Result<Receipt, LaneError> {
+        let limit = self.log.timeout;
         let deadline = tokio::time::Instant::now() + limit;
         let kib = u32::try_from(message.payload.len() / 1024 + 1).unwrap_or(u32::MAX).min(LINE_KIB);
         let waited = |_| LaneError::Unavailable(format!("the log took nothing for {limit:?}"));
@@ -153,6 +164,48 @@ impl DurableLane for Journal {
                 Err(_) => Err(LaneError::OutcomeUnknown(format!("the log did not confirm within {limit:?}"))),
             }
         }))
+    }
+
+    /// Asks the writer, and waits no longer than for a publish.
+    async fn ask<T>(&self, command: impl FnOnce(Done<T>) -> Command, topic: &Topic) -> Result<T, LaneError> {
+        let (done, answer) = oneshot::channel();
+        let asked = async {
+            self.line.send(command(done)).await.map_err(|_| closed())?;
+            answer.await.map_err(|_| closed())?
+        };
+        timeout(self.log.timeout, asked).await.map_err(|_| LaneError::Timeout(topic.clone()))?
+    }
+}
+
+/// How much of a topic is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holding {
+    pub topic: Topic,
+    pub messages: u64,
+    pub bytes: u64,
+    /// When the first of them was accepted.
+    pub oldest: Option<Timestamp>,
+}
+
+impl Holding {
+    fn of(log: &TopicLog) -> Self {
+        let extent = log.extent();
+        let oldest = (!extent.is_empty()).then(|| Timestamp::from_millis(extent.first_time));
+        let messages = extent.next - extent.first;
+        Self { topic: log.topic.clone(), messages, bytes: extent.bytes, oldest }
+    }
+}
+
+#[async_trait]
+impl DurableLane for Journal {
+    async fn append(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        message: Message,
+        _publisher: Publisher,
+    ) -> Result<Receipt, LaneError> {
+        self.put(topic, route.retention, message).await
     }
 
     async fn tail(&self, _route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError> {

@@ -16,7 +16,7 @@ use crate::message::{Lane, Timestamp};
 use crate::policy::table::Retention;
 
 /// What one commit removes at most. It is more than one commit appends, so that removing keeps up.
-const REMOVED_MAX: usize = 2000;
+pub const REMOVED_MAX: usize = 2000;
 
 /// How long retention rests once it has met damage.
 const REST: Duration = Duration::from_secs(600);
@@ -134,12 +134,23 @@ fn trim(
         }
     };
     let size = retention.size.unwrap_or(u64::MAX);
+    remove_oldest(tables, extent, budget, |left| {
+        left.first < old_until || (left.bytes > size && left.next - left.first > 1)
+    })
+}
+
+/// Removes the oldest messages of a topic for as long as what is left of it says so, at most `budget` of them, and
+/// says how many went.
+pub fn remove_oldest(
+    tables: &mut Tables<'_>,
+    extent: &mut Extent,
+    budget: usize,
+    goes_on: impl Fn(&Extent) -> bool,
+) -> Result<usize, Failure> {
     let mut removed = 0;
     let mut oldest =
         tables.records.extract_from_if((extent.id, extent.first)..(extent.id, extent.next), |_, _| true)?;
-    while removed < budget
-        && (extent.first < old_until || (extent.bytes > size && extent.next - extent.first > 1))
-    {
+    while removed < budget && goes_on(extent) {
         let Some(record) = oldest.next() else {
             // The records are damaged and lack their last; there is nothing left to remove.
             extent.first = extent.next;

@@ -173,7 +173,9 @@ pub fn refuse(command: Command, error: &LaneError) {
     let error = error.clone();
     match command {
         Command::Append { receipt, .. } => drop(receipt.send(Err(error))),
-        Command::Create { done, .. } | Command::Delete { done, .. } => drop(done.send(Err(error))),
+        Command::Create { done, .. } | Command::Delete { done, .. } | Command::Remove { done, .. } => {
+            drop(done.send(Err(error)));
+        }
         Command::Begin { done, .. } => drop(done.send(Err(error))),
         Command::Ack { done, .. } | Command::Seek { done, .. } | Command::Probe { done } => {
             drop(done.send(Err(error)));

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use redb::{Table, WriteTransaction};
@@ -20,7 +21,7 @@ use tracing::error;
 use super::group::{Era, Group};
 use super::log::{Command, Done, Log, closed};
 use super::record::{encode, record_key, seal};
-use super::retention::RetentionClock;
+use super::retention::{REMOVED_MAX, RetentionClock, remove_oldest};
 use super::rows::{Cursor, Extent, GROUPS, LOG, RECORDS, TIMES, TOPICS, log_row, time_row};
 use super::store::Failure;
 use super::topics::{TopicLog, lock};
@@ -119,9 +120,8 @@ impl Staged {
 
 enum Outcome {
     Stored(u64),
-    Created(bool),
+    Told(bool),
     Begun(Arc<Group>),
-    Deleted(bool),
     Done,
     Refused(LaneError),
 }
@@ -282,10 +282,20 @@ impl Writer {
                 *lock(&log.retention) = *retention;
                 Outcome::Stored(append(tables, self.extent(staged, log), message)?)
             }
+            Command::Remove { log, before, .. } => {
+                let known = log.extent().id != 0 || staged.extents.contains_key(&Arc::as_ptr(log));
+                if !known {
+                    return Ok(Outcome::Told(true));
+                }
+                let extent = self.extent(staged, log);
+                let end = extent.next.min(*before);
+                remove_oldest(tables, extent, REMOVED_MAX, |left| left.first < end)?;
+                Outcome::Told(extent.first >= end)
+            }
             Command::Create { log, .. } => {
                 let known = log.extent().id != 0 || staged.extents.contains_key(&Arc::as_ptr(log));
                 self.extent(staged, log);
-                Outcome::Created(!known)
+                Outcome::Told(!known)
             }
             Command::Begin { log, group, floor, .. } => {
                 Outcome::Begun(match staged.group(log, group) {
@@ -321,11 +331,11 @@ impl Writer {
                         staged.cursors.remove(&Arc::as_ptr(&group));
                         staged.begun.retain(|begun| !Arc::ptr_eq(begun, &group));
                         staged.deleted.push(group);
-                        Outcome::Deleted(true)
+                        Outcome::Told(true)
                     }
                     Err(busy) => Outcome::Refused(busy),
                 },
-                None => Outcome::Deleted(false),
+                None => Outcome::Told(false),
             },
             Command::Ack { group, era, seqs, .. } => {
                 if !group.is_deleted() {
@@ -362,8 +372,12 @@ impl Writer {
                     stored.entry(Arc::as_ptr(&log)).or_default().push((seq, message));
                     Answer::Stored(receipt, Position::Whole(log.place(seq)), room)
                 }
-                (Command::Create { done, .. }, Outcome::Created(new)) => Answer::Told(done, new),
-                (Command::Delete { done, .. }, Outcome::Deleted(was)) => Answer::Told(done, was),
+                (
+                    Command::Create { done, .. }
+                    | Command::Delete { done, .. }
+                    | Command::Remove { done, .. },
+                    Outcome::Told(told),
+                ) => Answer::Told(done, told),
                 (Command::Begin { done, .. }, Outcome::Begun(group)) => Answer::Begun(done, group),
                 (
                     Command::Ack { done, .. } | Command::Seek { done, .. } | Command::Probe { done },
@@ -376,7 +390,10 @@ impl Writer {
         }
         for (at, (log, extent)) in staged.extents {
             let messages = stored.remove(&at).unwrap_or_default();
-            let is_new = log.extent().id == 0;
+            let before = log.extent();
+            let is_new = before.id == 0;
+            // It wraps where a topic shrinks.
+            self.log.live_bytes.fetch_add(extent.bytes.wrapping_sub(before.bytes), Ordering::Relaxed);
             log.moved(extent, || {
                 messages.into_iter().map(|(seq, message)| log.envelope(seq, message)).collect()
             });

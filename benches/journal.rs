@@ -11,7 +11,8 @@ use twinspan::lane::journal::Journal;
 use twinspan::message::{Draft, Lanes};
 use twinspan::policy::Policy;
 use twinspan::policy::table::{
-    Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
+    Compression, Declare, Live, OnOutage, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable,
+    Template,
 };
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
@@ -37,6 +38,7 @@ async fn measure(payload: usize, in_flight: usize, count: usize) {
         queue: 0,
         overflow: Overflow::DropOldest,
         live: Live::AfterStore,
+        outage: OnOutage::Reject,
         retention: Retention::default(),
         declare: Declare::Auto,
         dedup_window: Duration::ZERO,

@@ -170,6 +170,10 @@ impl Timestamp {
         Self::from_millis(self.0.saturating_add(i64::try_from(delay.as_millis()).unwrap_or(i64::MAX)))
     }
 
+    pub fn before(self, lead: Duration) -> Self {
+        Self::from_millis(self.0.saturating_sub(i64::try_from(lead.as_millis()).unwrap_or(i64::MAX)))
+    }
+
     /// How long ago this was; zero for the future (clocks of two machines differ).
     pub fn age(self) -> Duration {
         Duration::from_millis(Self::now().0.saturating_sub(self.0).max(0) as u64)

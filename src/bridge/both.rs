@@ -93,6 +93,8 @@ impl Both {
             message.headers.insert(LIVE.into(), LiveNo { bridge: self.bridge, number }.to_string());
         }
         let copied = message.clone();
+        // Before the message has its place: nothing is waited for behind that, so whoever gives up here has sent nothing.
+        let waiting = line.copies.reserve().await;
         let appended = self.durable.append(route, topic, message, publisher).await?;
         let stored = match route.is_live_first() {
             true => appended.map(|stored| stored.map_err(sent_live)).boxed().shared(),
@@ -101,7 +103,9 @@ impl Both {
         let copy =
             Copy { route: route.clone(), message: copied, stored: stored.clone(), _line: line.clone() };
         // The other end is there as long as the line is.
-        let _ = line.copies.send(copy).await;
+        if let Ok(waiting) = waiting {
+            waiting.send(copy);
+        }
         Ok(Box::pin(stored))
     }
 

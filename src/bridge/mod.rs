@@ -9,12 +9,13 @@
 //! A publish has two moments: it has its place in the order, and its outcome is known. A caller who waits only for
 //! the first keeps its order and can have many under way.
 
-mod both;
+pub mod both;
 pub mod catalog;
 pub mod delivery;
 pub mod groups;
 pub mod filters;
 pub mod ids;
+pub mod outage;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,17 +29,17 @@ use crate::message::{
     Draft, LIVE, Lane, Lanes, Message, MessageId, Position, RESERVED, ReplyTo, Start, Timestamp,
 };
 use crate::policy::Policy;
-use crate::policy::table::{Declare, Route};
+use crate::policy::table::{Declare, OnOutage, Route};
 use crate::telemetry::metrics::Metrics;
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{Group, Status};
-use both::Both;
 use catalog::Catalog;
 use delivery::{GroupMember, StoredLetters, Surroundings};
 use filters::Filters;
 use groups::Groups;
-use ids::{Begun, Ids};
+use ids::{Begun, Ids, Ticket};
+use outage::Outage;
 
 /// How many notices a session may be behind; one that is further behind learns the present state instead.
 const NOTICES_MAX: usize = 256;
@@ -47,7 +48,8 @@ pub struct Bridge {
     pub policy: Policy,
     pub ephemeral: Arc<dyn EphemeralLane>,
     pub durable: Arc<dyn DurableLane>,
-    both: Both,
+    /// What publishes to the durable lane goes by.
+    pub outage: Outage,
     pub catalog: Arc<Catalog>,
     pub groups: Arc<Groups>,
     letters: Arc<StoredLetters>,
@@ -97,19 +99,19 @@ impl Bridge {
         policy: Policy,
         ephemeral: Arc<dyn EphemeralLane>,
         durable: Arc<dyn DurableLane>,
-        catalog: Catalog,
+        outage: Outage,
+        catalog: Arc<Catalog>,
         metrics: Arc<Metrics>,
         publish_timeout: Duration,
     ) -> Self {
         let filters = Filters::new(metrics.clone());
-        let both = Both::new(durable.clone(), ephemeral.clone(), metrics.clone());
         let ids = Ids::new(durable.clone(), metrics.clone(), publish_timeout);
         Self {
             policy,
             ephemeral,
             durable,
-            both,
-            catalog: Arc::new(catalog),
+            outage,
+            catalog,
             groups: Arc::default(),
             letters: Arc::default(),
             filters,
@@ -142,33 +144,42 @@ impl Bridge {
         let message = draft.accept();
         let (id, ts) = (message.id, message.ts);
         let lanes = route.lane;
-        let published = move |position| Published { status: Status::Ok, lane: lanes, id, position, ts };
+        let published = move |status, position| Published { status, lane: lanes, id, position, ts };
         match lane {
             Lane::Ephemeral => {
                 self.ephemeral.publish(&route, topic, message).await.map_err(fault).map_err(refused)?;
                 self.catalog.published(topic);
                 self.metrics.published(lane, &route.name, bytes, begun.elapsed());
-                Ok(Outcome::Known(published(None)))
+                Ok(Outcome::Known(published(Status::Ok, None)))
             }
             Lane::Durable => {
-                let known = self.ids.begin(&route, topic, given, ts).await;
-                let ticket = match known.map_err(fault).map_err(refused)? {
+                let known = match self.ids.begin(&route, topic, given, ts).await {
+                    // Whether it was stored before cannot be known now. What spools is taken all the same.
+                    Err(LaneError::Unavailable(_)) if route.outage == OnOutage::Spool => {
+                        Begun::New(Ticket::empty())
+                    }
+                    known => known.map_err(fault).map_err(refused)?,
+                };
+                let ticket = match known {
                     Begun::New(ticket) => ticket,
                     Begun::Duplicate(position) => {
                         self.metrics.duplicate(lane, &route.name);
-                        let first = Published { status: Status::Duplicate, ..published(position) };
-                        return Ok(Outcome::Known(first));
+                        return Ok(Outcome::Known(published(Status::Duplicate, position)));
                     }
                 };
-                let appended = self.both.append(&route, topic, message, publisher).await;
+                let appended = self.outage.append(&route, topic, message, publisher).await;
                 let receipt = ticket.of(appended).map_err(fault).map_err(refused)?;
                 self.catalog.published(topic);
                 let metrics = self.metrics.clone();
                 Ok(Outcome::Later(Box::pin(async move {
                     match receipt.outcome().await {
-                        Ok(position) => {
+                        Ok(Some(position)) => {
                             metrics.published(lane, &route.name, bytes, begun.elapsed());
-                            Ok(published(position))
+                            Ok(published(Status::Ok, Some(position)))
+                        }
+                        Ok(None) => {
+                            metrics.spooled(&route.name, bytes);
+                            Ok(published(Status::Spooled, None))
                         }
                         Err(error) => {
                             let fault = fault(error);

@@ -35,22 +35,35 @@ async fn ask(url: &str) -> anyhow::Result<Value> {
 }
 
 fn judge(health: &Value, only: Option<Lane>) -> ExitCode {
-    let mut down = 0;
+    let (mut down, mut degraded) = (0, 0);
     let lanes: Vec<_> = Lane::ALL.into_iter().filter(|lane| only.is_none_or(|only| only == *lane)).collect();
     for lane in &lanes {
         let check = &health["checks"][format!("{lane}:lane")][0];
-        let up = check["status"] == "pass";
-        down += usize::from(!up);
+        let said = match check["status"].as_str() {
+            Some("pass") => "up",
+            Some("warn") => "degraded",
+            _ => "down",
+        };
+        down += usize::from(said == "down");
+        degraded += usize::from(said == "degraded");
         let backend = check["componentId"].as_str().unwrap_or("?");
         let trip = check["observedValue"].as_f64().map(|s| format!(", round trip {:.2} ms", s * 1000.0));
         let output = check["output"].as_str().map(|text| format!(": {text}"));
         println!(
             "{:<9} {:<4} {backend}{}{}",
             lane.as_str(),
-            if up { "up" } else { "down" },
+            said,
             trip.unwrap_or_default(),
             output.unwrap_or_default()
         );
+    }
+    let spool = &health["checks"]["durable:lane"][0]["outage"]["spool"];
+    if let Some(messages @ 1..) = spool["messages"].as_u64() {
+        let age = spool["oldest_age_seconds"].as_u64().unwrap_or_default();
+        println!("spool     {messages} messages wait for the durable lane, the oldest for {age} s");
+    }
+    if let Some(set_aside @ 1..) = spool["set_aside"].as_u64() {
+        println!("spool     {set_aside} messages that the durable lane refused are kept aside");
     }
     let reload = &health["checks"]["config:reload"][0];
     if reload["status"] != "pass" {
@@ -58,7 +71,7 @@ fn judge(health: &Value, only: Option<Lane>) -> ExitCode {
     }
     match (down, lanes.len(), health["status"].as_str()) {
         (0, _, Some("pass")) => ExitCode::SUCCESS,
-        (0, _, _) if only.is_some() => ExitCode::SUCCESS,
+        (0, _, _) if only.is_some() && degraded == 0 => ExitCode::SUCCESS,
         (down, all, _) if down == all => ExitCode::from(DOWN),
         _ => ExitCode::FAILURE,
     }

@@ -67,6 +67,7 @@ impl Checks<'_> {
             ("session.handshake_timeout", session.handshake_timeout.is_zero()),
             ("session.max_subscriptions", session.max_subscriptions == 0),
             ("session.max_inflight", session.max_inflight == 0),
+            ("lanes.durable.spool_max", self.settings.lanes.durable.spool_max == 0),
             ("lanes.durable.publish_timeout", self.settings.lanes.durable.publish_timeout.is_zero()),
         ];
         for (key, _) in zero.into_iter().filter(|(_, zero)| *zero) {

@@ -20,10 +20,6 @@ use crate::origin::{Origin, Problem, Source, nearest};
 pub const VARIABLE_PREFIX: &str = "TWINSPAN_";
 pub const SECRETS: [&str; 3] = ["lanes.ephemeral.token", "lanes.ephemeral.password", "lanes.durable.token"];
 
-/// Settings of the contract that this build cannot honor.
-const NOT_IN_THIS_BUILD: [(&str, &str); 1] =
-    [("lanes.durable.spool_max", "this build has no spool to bound: leave it out")];
-
 /// One value of one layer.
 #[derive(Debug, Clone)]
 pub struct Leaf {
@@ -151,10 +147,6 @@ fn value_of(value: &toml_edit::Value) -> Value {
 
 /// Tries one value alone. The answer is the value as the settings take it.
 pub fn try_alone(mut leaf: Leaf) -> Result<Leaf, Problem> {
-    let refused = NOT_IN_THIS_BUILD.iter().find(|(key, _)| leaf.key == *key);
-    if let Some((key, why)) = refused {
-        return Err(Problem::of_key(leaf.at, key, why));
-    }
     if SECRETS.contains(&leaf.key.as_str()) {
         // Whatever stands there may be the secret itself: it is not repeated.
         let why = "a secret does not stand in the settings: put it in a file or a variable, and write \

@@ -71,7 +71,7 @@ pub fn install_crypto() {
 mod testing {
     use crate::message::Lanes;
     use crate::policy::table::{
-        Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
+        Compression, Declare, Live, OnOutage, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
     };
     use crate::topic::Pattern;
 
@@ -89,6 +89,7 @@ mod testing {
             queue: 100,
             overflow: Overflow::DropOldest,
             live: Live::AfterStore,
+            outage: OnOutage::Reject,
             retention: Retention::default(),
             declare: Declare::Auto,
             dedup_window: std::time::Duration::ZERO,

@@ -61,6 +61,9 @@ pub struct DurableSettings {
     /// A publish without a receipt by then is `OUTCOME_UNKNOWN`.
     #[serde(with = "units::duration")]
     pub publish_timeout: Duration,
+    /// Live bytes of what waits on disk for the broker; then `STORAGE_FULL`.
+    #[serde(with = "units::size")]
+    pub spool_max: usize,
     pub token: Option<Secret>,
     pub tls: Option<Tls>,
 }
@@ -72,6 +75,7 @@ impl Default for DurableSettings {
             url: vec!["pulsar://127.0.0.1:6650".to_owned()],
             admin_url: "http://127.0.0.1:8080".to_owned(),
             publish_timeout: Duration::from_secs(10),
+            spool_max: 1 << 30,
             token: None,
             tls: None,
         }

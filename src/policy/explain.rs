@@ -118,7 +118,7 @@ pub fn options(route: &Route, written: &Written) -> Vec<Shown> {
     if route.lane.takes(Lane::Durable) {
         rows.extend([
             shown("pulsar", json!(route.pulsar.to_string())),
-            shown("outage", json!("reject")),
+            shown("outage", json!(route.outage.as_str())),
             shown("retention", retention(route.retention)),
             shown("declare", declare(route.declare)),
             shown("dedup_window", json!(units::show_duration(route.dedup_window))),

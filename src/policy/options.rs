@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use toml_edit::Item;
 
-use super::table::{Compression, Declare, Live, Overflow, PulsarSchema};
+use super::table::{Compression, Declare, Live, OnOutage, Overflow, PulsarSchema};
 use crate::message::Lanes;
 use crate::units;
 
@@ -153,13 +153,11 @@ pub fn live(item: &Item) -> Result<Live, String> {
     }
 }
 
-pub fn outage(item: &Item) -> Result<(), String> {
+pub fn outage(item: &Item) -> Result<OnOutage, String> {
     match text(item)? {
-        "reject" => Ok(()),
-        "spool" => Err("\"spool\" is not in this build: a publish that the broker cannot take is refused, \
-                        as \"reject\" says"
-            .to_owned()),
-        other => Err(one_of(other, &["reject"])),
+        "reject" => Ok(OnOutage::Reject),
+        "spool" => Ok(OnOutage::Spool),
+        other => Err(one_of(other, &["reject", "spool"])),
     }
 }
 

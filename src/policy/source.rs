@@ -107,7 +107,7 @@ impl<'a> Reader<'a> {
         let name = self.optional("name", options::name);
         let nats = self.optional("nats", |item| naming::nats(text(item)?).map_err(|e| e.to_string()));
         let pulsar = self.optional("pulsar", |item| naming::pulsar(text(item)?).map_err(|e| e.to_string()));
-        self.optional("outage", options::outage);
+        let outage = self.optional("outage", options::outage);
         let live = self.optional("live", options::live);
         let history = self.optional("history", |item| options::count(item, 0, options::HISTORY_MAX));
         let retain = self.optional("retain", options::flag);
@@ -142,6 +142,7 @@ impl<'a> Reader<'a> {
             queue: queue.unwrap_or(options::QUEUE_DEFAULT),
             overflow: overflow.unwrap_or(Overflow::DropOldest),
             live: live.unwrap_or_default(),
+            outage: outage.unwrap_or_default(),
             retention,
             declare: declare.unwrap_or(Declare::Auto),
             dedup_window: dedup_window.unwrap_or(options::DEDUP_WINDOW_DEFAULT),
@@ -491,7 +492,7 @@ mod tests {
                 "dedup_window = \"2m\"",
                 "dedup_window is an option of a durable route, and r.toml:3 says lane =",
             ),
-            ("durable", "outage = \"spool\"", "outage: \"spool\" is not in this build"),
+            ("durable", "outage = \"buffer\"", "outage: expected \"reject\" or \"spool\", found \"buffer\""),
             ("durable", "ack_timeout = \"0s\"", "ack_timeout: with no time at all"),
             ("durable", "backoff = \"1s\"", "backoff: expected a list of 1 to 32 durations"),
             ("durable", "ack_timeout = \"366d\"", "ack_timeout: at most 365d"),

@@ -30,6 +30,7 @@ pub struct Route {
     pub overflow: Overflow,
     /// Where a topic takes both lanes.
     pub live: Live,
+    pub outage: OnOutage,
     pub retention: Retention,
     pub declare: Declare,
     /// How long what was published is known by its id, so that it is not stored again. Zero: not at all.
@@ -70,6 +71,25 @@ pub enum Live {
     AfterStore,
     /// Whichever of the two comes first.
     First,
+}
+
+/// What becomes of a publish that the durable lane cannot take now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnOutage {
+    /// It is refused at once.
+    #[default]
+    Reject,
+    /// It is kept on this bridge's disk until the lane takes it.
+    Spool,
+}
+
+impl OnOutage {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            OnOutage::Reject => "reject",
+            OnOutage::Spool => "spool",
+        }
+    }
 }
 
 /// Whether a topic exists by being used, or has to be created first.

@@ -79,9 +79,17 @@ async fn health(State(app): State<Arc<App>>) -> Response {
 async fn lane_checks(app: &App, lane: Lane) -> Value {
     let mut check = json!({
         "componentType": "component", "componentId": app.backend(lane),
-        "status": app.lane_status(lane), "time": Timestamp::now().to_string(),
+        "time": Timestamp::now().to_string(),
     });
-    check["status"] = if app.lane_status(lane) == "up" { "pass" } else { "fail" }.into();
+    check["status"] = match app.lane_status(lane) {
+        "up" => "pass",
+        "degraded" => "warn",
+        _ => "fail",
+    }
+    .into();
+    if lane == Lane::Durable {
+        check["outage"] = app.outage();
+    }
     match tokio::time::timeout(PROBE_TIMEOUT, app.bridge.probe(lane)).await {
         Ok(Ok(elapsed)) => {
             check["observedValue"] = elapsed.as_secs_f64().into();

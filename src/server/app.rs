@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use serde_json::{Value, json};
 use tokio_util::task::TaskTracker;
 
 use crate::bridge::Bridge;
@@ -79,17 +80,35 @@ impl App {
         }
     }
 
+    /// `degraded`: up, and some topics are not taken now.
     pub fn lane_status(&self, lane: Lane) -> &'static str {
-        if self.lane_trouble(lane).is_none() { "up" } else { "down" }
+        match self.lane_trouble(lane) {
+            Some(_) => "down",
+            None if lane == Lane::Durable && self.bridge.outage.standing().open_topics > 0 => "degraded",
+            None => "up",
+        }
     }
 
-    /// `ok`, `degraded` with one lane of two down, `down` with both.
+    /// `ok`, `degraded` where not all is well, `down` with both lanes down.
     pub fn status(&self) -> &'static str {
-        match Lane::ALL.iter().filter(|lane| self.lane_trouble(**lane).is_some()).count() {
-            0 => "ok",
-            1 => "degraded",
-            _ => "down",
+        match Lane::ALL.map(|lane| self.lane_status(lane)) {
+            ["up", "up"] => "ok",
+            ["down", "down"] => "down",
+            _ => "degraded",
         }
+    }
+
+    /// How the durable lane takes publishes, and what waits for it on disk.
+    pub fn outage(&self) -> Value {
+        let standing = self.bridge.outage.standing();
+        let spool = standing.spool.map(|holds| {
+            json!({
+                "messages": holds.messages, "bytes": holds.bytes, "topics": holds.topics,
+                "oldest_age_seconds": holds.oldest.map(|oldest| oldest.age().as_secs()),
+                "set_aside": holds.set_aside,
+            })
+        });
+        json!({"breaker": standing.breaker.as_str(), "open_topics": standing.open_topics, "spool": spool})
     }
 
     /// What carries a lane here.

@@ -21,10 +21,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
+use crate::bridge::both::Both;
 use crate::bridge::catalog::Catalog;
+use crate::bridge::outage::Outage;
 use crate::bridge::{Bridge, Notice};
 use crate::config::settings::Settings;
 use crate::lane::contract::{DurableLane, EphemeralLane};
+use crate::lane::journal::JournalError;
 use crate::policy::Reloader;
 use crate::telemetry::metrics::Metrics;
 use app::App;
@@ -56,6 +59,8 @@ pub enum StartError {
     Listen { address: SocketAddr, setting: &'static str, source: std::io::Error },
     #[error("cannot read the declared topics in {dir}")]
     Catalog { dir: String, source: std::io::Error },
+    #[error("the spool cannot be opened; messages may wait in it for the durable lane")]
+    Spool(#[source] JournalError),
 }
 
 impl Running {
@@ -69,9 +74,20 @@ impl Running {
         let dir = &settings.server.data_dir;
         let catalog = Catalog::open(dir)
             .map_err(|source| StartError::Catalog { dir: dir.display().to_string(), source })?;
-        let policy = reloader.policy().clone();
+        let (policy, catalog) = (reloader.policy().clone(), Arc::new(catalog));
+        let outage = Outage::open(
+            lanes.durable.clone(),
+            Both::new(lanes.durable.clone(), lanes.ephemeral.clone(), metrics.clone()),
+            &settings.lanes.durable,
+            dir,
+            policy.clone(),
+            catalog.clone(),
+            metrics.clone(),
+        );
+        let outage = outage.await.map_err(StartError::Spool)?;
         let publish_timeout = settings.lanes.durable.publish_timeout;
-        let bridge = Bridge::new(policy, lanes.ephemeral, lanes.durable, catalog, metrics, publish_timeout);
+        let bridge =
+            Bridge::new(policy, lanes.ephemeral, lanes.durable, outage, catalog, metrics, publish_timeout);
         let bridge = Arc::new(bridge);
         let bind = async |address: SocketAddr, setting| {
             let failed = |source| StartError::Listen { address, setting, source };
@@ -102,6 +118,8 @@ impl Running {
                 bridge.groups.run(bridge.durable.clone(), bridge.policy.clone(), bridge.metrics.clone());
             _ = until.run_until_cancelled(looking).await;
         });
+        let (outage, until) = (app.bridge.outage.clone(), stop_admin.clone());
+        tasks.spawn(async move { _ = until.run_until_cancelled(outage.run()).await });
         tasks.spawn(app.reloader.clone().watch(stop_admin.clone()));
         Ok(Self { listen, admin, app, stop, stop_admin, tasks })
     }
@@ -123,7 +141,11 @@ impl Running {
         let ended = tokio::time::timeout(grace, async {
             self.app.sessions.wait().await;
             self.app.bridge.ids.close();
-            tokio::join!(self.app.bridge.ephemeral.close(), self.app.bridge.durable.close());
+            let durable = async {
+                self.app.bridge.outage.close().await;
+                self.app.bridge.durable.close().await;
+            };
+            tokio::join!(self.app.bridge.ephemeral.close(), durable);
             self.stop_admin.cancel();
             self.tasks.close();
             self.tasks.wait().await;

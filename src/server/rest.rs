@@ -267,7 +267,11 @@ async fn publish(
         ..Default::default()
     };
     let body = wire::json::Json.encode(&Event::Ack(ack.into()), published.ts);
-    Ok(([(header::CONTENT_TYPE, "application/json")], body).into_response())
+    let code = match published.status {
+        wire::verbs::Status::Ok | wire::verbs::Status::Duplicate => StatusCode::OK,
+        wire::verbs::Status::Spooled => StatusCode::ACCEPTED,
+    };
+    Ok((code, [(header::CONTENT_TYPE, "application/json")], body).into_response())
 }
 
 #[derive(Deserialize)]
@@ -342,7 +346,10 @@ async fn health(State(app): State<Arc<App>>) -> Response {
     let lanes: serde_json::Map<_, _> = Lane::ALL
         .into_iter()
         .map(|lane| {
-            let about = json!({"status": app.lane_status(lane), "backend": app.backend(lane)});
+            let mut about = json!({"status": app.lane_status(lane), "backend": app.backend(lane)});
+            if lane == Lane::Durable {
+                about["outage"] = app.outage();
+            }
             (lane.to_string(), about)
         })
         .collect();

@@ -33,6 +33,12 @@ pub struct Metrics {
     request_duration: HistogramVec,
     probe_duration: HistogramVec,
     lane_up: IntGaugeVec,
+    breaker_state: IntGaugeVec,
+    spool_messages: IntGauge,
+    spool_bytes: IntGauge,
+    spool_oldest_age: Gauge,
+    spool_set_aside: IntGauge,
+    spool_drained_total: IntCounter,
     dropped_total: IntCounterVec,
     gaps_total: IntCounterVec,
     redelivered_total: IntCounterVec,
@@ -102,6 +108,44 @@ impl Metrics {
                 &["lane"],
             ),
             lane_up: gauges(&registry, "lane_up", "1 while the lane answers its probes.", &["lane"]),
+            breaker_state: gauges(
+                &registry,
+                "breaker_state",
+                "0 closed, 1 half open, 2 open: the worst of the lane and its topics.",
+                &["lane"],
+            ),
+            spool_messages: registered(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "spool_messages",
+                    "Messages on disk that wait for the durable lane.",
+                )),
+            ),
+            spool_bytes: registered(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "spool_bytes",
+                    "What they take, and what was set aside: what lanes.durable.spool_max bounds.",
+                )),
+            ),
+            spool_oldest_age: registered(
+                &registry,
+                Gauge::with_opts(opts("spool_oldest_age_seconds", "The age of the oldest of them.")),
+            ),
+            spool_set_aside: registered(
+                &registry,
+                IntGauge::with_opts(opts(
+                    "spool_set_aside",
+                    "Messages kept in the spool that the durable lane refused and that have no dead letter to go to.",
+                )),
+            ),
+            spool_drained_total: registered(
+                &registry,
+                IntCounter::with_opts(opts(
+                    "spool_drained_total",
+                    "Spooled messages that the durable lane stored.",
+                )),
+            ),
             dropped_total: counters(
                 &registry,
                 "dropped_total",
@@ -298,6 +342,28 @@ impl Metrics {
 
     pub fn lane_is(&self, lane: Lane, up: bool) {
         self.lane_up.with_label_values(&[lane.as_str()]).set(up.into());
+    }
+
+    /// On disk, until the lane takes it.
+    pub fn spooled(&self, route: &str, bytes: usize) {
+        let lane = Lane::Durable.as_str();
+        self.messages_total.with_label_values(&[lane, route, "in", "spooled"]).inc();
+        self.message_bytes_total.with_label_values(&[lane, route, "in"]).inc_by(bytes as u64);
+    }
+
+    pub fn drained(&self) {
+        self.spool_drained_total.inc();
+    }
+
+    pub fn spool_holds(&self, messages: u64, bytes: u64, oldest_age: Duration, set_aside: u64) {
+        self.spool_messages.set(i64::try_from(messages).unwrap_or(i64::MAX));
+        self.spool_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        self.spool_oldest_age.set(oldest_age.as_secs_f64());
+        self.spool_set_aside.set(i64::try_from(set_aside).unwrap_or(i64::MAX));
+    }
+
+    pub fn breaker_is(&self, lane: Lane, state: i64) {
+        self.breaker_state.with_label_values(&[lane.as_str()]).set(state);
     }
 
     pub fn dropped(&self, lane: Lane, route: &str, reason: &str, count: u64) {

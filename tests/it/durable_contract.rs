@@ -16,7 +16,7 @@ use twinspan::message::{
     Draft, Envelope, GroupMode, Lane, Lanes, Message, MessageId, Position, Start, Timestamp,
 };
 use twinspan::policy::table::{
-    Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
+    Compression, Declare, Live, OnOutage, Overflow, PulsarSchema, Redelivery, Retention, Route, Template,
 };
 use twinspan::topic::{Pattern, Topic};
 
@@ -81,6 +81,7 @@ pub fn route(name: &str, pattern: &str, retention: Retention) -> Route {
         queue: 100,
         overflow: Overflow::DropOldest,
         live: Live::AfterStore,
+        outage: OnOutage::Reject,
         retention,
         declare: Declare::Auto,
         dedup_window: Duration::ZERO,

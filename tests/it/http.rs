@@ -125,10 +125,9 @@ async fn health_readiness_and_metrics_say_how_it_is() {
     let (status, health) = span.get("/health").await;
     assert_eq!((status, &health["status"]), (200, &json!("ok")));
     let lane = |backend: &str| json!({"status": "up", "backend": backend});
-    assert_eq!(
-        health["lanes"],
-        json!({"ephemeral": lane("in-process bus"), "durable": lane("embedded log")})
-    );
+    let mut durable = lane("embedded log");
+    durable["outage"] = json!({"breaker": "closed", "open_topics": 0, "spool": null});
+    assert_eq!(health["lanes"], json!({"ephemeral": lane("in-process bus"), "durable": durable}));
     assert_eq!((&health["topics"], &health["subscribers"]), (&json!(1), &json!(1)));
 
     let response = http_client().get(span.admin("/health")).send().await.unwrap();

@@ -12,7 +12,8 @@ use twinspan::lane::settings::{EphemeralBackend, EphemeralSettings};
 use twinspan::message::{Draft, Envelope, Lanes, Message, MessageId};
 use twinspan::policy::Policy;
 use twinspan::policy::table::{
-    Compression, Declare, Live, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable, Template,
+    Compression, Declare, Live, OnOutage, Overflow, PulsarSchema, Redelivery, Retention, Route, RouteTable,
+    Template,
 };
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::topic::{Pattern, Topic};
@@ -54,6 +55,7 @@ pub fn ephemeral(topics: &str, nats: &str) -> Route {
         queue: 100,
         overflow: Overflow::DropOldest,
         live: Live::AfterStore,
+        outage: OnOutage::Reject,
         retention: Retention::default(),
         declare: Declare::Auto,
         dedup_window: Duration::ZERO,

@@ -41,5 +41,6 @@ mod schemas;
 mod settings;
 mod shutdown;
 mod slow_clients;
+mod spooling;
 mod talking;
 mod terminal;

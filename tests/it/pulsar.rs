@@ -42,6 +42,7 @@ fn settings(broker: &Broker) -> DurableSettings {
         url: vec![broker.url()],
         admin_url: broker.admin_url(),
         publish_timeout: Duration::from_secs(10),
+        spool_max: 1 << 30,
         token: None,
         tls: None,
     }

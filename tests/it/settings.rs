@@ -92,7 +92,7 @@ ready_requires = ["fast"]
 backend = "nat"
 history_bytes = 64
 [lanes.durable]
-spool_max = "1GiB"
+spool_max = 1
 [session]
 max_inflight = -1
 pong_timeout = "54s"
@@ -104,7 +104,7 @@ pong_timeout = "54s"
         "t.toml:6: server.ready_requires: expected \"any\" or lanes such as [\"ephemeral\", \"durable\"], found",
         "t.toml:8: lanes.ephemeral.backend: expected \"memory\" or \"nats\", found \"nat\"",
         "t.toml:9: lanes.ephemeral.history_bytes: expected a string, found 64",
-        "t.toml:11: lanes.durable.spool_max: this build has no spool to bound: leave it out",
+        "t.toml:11: lanes.durable.spool_max: expected a string, found 1",
         "t.toml:13: session.max_inflight: expected a whole number, found -1",
         "t.toml:14: session.pong_timeout: it must be longer than session.ping_interval (default)",
     ];
@@ -130,7 +130,7 @@ nats = "{topic}.x"
 [[route]]
 topic = "orders.>"
 lane = "durable"
-outage = "spool"
+outage = "buffer"
 publish = ["role:writer"]
 "#;
     let directory = TempDir::new().unwrap();

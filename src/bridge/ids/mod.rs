@@ -119,6 +119,11 @@ impl Drop for Ids {
 }
 
 impl Ticket {
+    /// Nothing is remembered.
+    pub fn empty() -> Self {
+        Self(None)
+    }
+
     /// Keeps what becomes of what was appended with this ticket.
     pub fn of<F, K>(mut self, appended: Result<F, LaneError>) -> Result<Receipt<F>, LaneError>
     where

@@ -185,14 +185,17 @@ pub struct Holding {
     pub bytes: u64,
     /// When the first of them was accepted.
     pub oldest: Option<Timestamp>,
+    /// Where the last of them is.
+    pub newest: Option<Place>,
 }
 
 impl Holding {
     fn of(log: &TopicLog) -> Self {
         let extent = log.extent();
         let oldest = (!extent.is_empty()).then(|| Timestamp::from_millis(extent.first_time));
+        let newest = (!extent.is_empty()).then(|| log.place(extent.next - 1));
         let messages = extent.next - extent.first;
-        Self { topic: log.topic.clone(), messages, bytes: extent.bytes, oldest }
+        Self { topic: log.topic.clone(), messages, bytes: extent.bytes, oldest, newest }
     }
 }
 

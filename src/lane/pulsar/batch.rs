@@ -288,6 +288,7 @@ impl Batch {
             answered: 0,
             freed: Freed::default(),
             resent: false,
+            outlived: false,
             published: seal.now,
         }
     }
@@ -316,6 +317,8 @@ pub struct Sealed {
     freed: Freed,
     /// It may have been stored by an earlier attachment.
     pub resent: bool,
+    /// The lane went down meanwhile.
+    pub outlived: bool,
 }
 
 impl Sealed {
@@ -339,11 +342,6 @@ impl Sealed {
     /// What it took of the line's room is free once it is gone.
     pub fn fail(mut self, why: &LaneError) -> Freed {
         while self.answer_next(|_| Err(why.clone())) {}
-        self.freed
-    }
-
-    /// Once everybody is answered.
-    pub fn forget(self) -> Freed {
         self.freed
     }
 

@@ -217,7 +217,7 @@ impl Producer {
         let (epoch, name, freed) = {
             let mut state = self.state();
             state.epoch += 1;
-            let freed = state.forget_answered();
+            let freed = state.give_up();
             state.in_flight.iter_mut().for_each(|sealed| sealed.resent = true);
             if state.in_flight.is_empty() {
                 // Nothing to tell from what is new, and a name that a lost connection still holds would be waited for.
@@ -244,7 +244,7 @@ impl Producer {
             state.attached = Some(Attached { session: session.clone(), epoch });
             state.attaching = false;
             state.sent = 0;
-            let freed = state.forget_answered();
+            let freed = state.give_up();
             if let Some(fault) = state.fault.take() {
                 debug!(topic = %self.physical, %fault, "A durable topic can be published to again.");
             }
@@ -358,6 +358,7 @@ impl Producer {
         });
         if let Some(down) = down.filter(|_| !self.is_canary) {
             freed.and(queue.fail(down));
+            in_flight.iter_mut().for_each(|sealed| sealed.outlived = true);
         }
         let within = self.common.timeout.as_secs_f32();
         for sealed in &mut *in_flight {
@@ -366,7 +367,7 @@ impl Producer {
             });
         }
         if attached.is_none() {
-            freed.and(state.forget_answered());
+            freed.and(state.give_up());
         } else if in_flight.front().is_some_and(Sealed::is_answered) {
             // A broker that has confirmed nothing for so long is asked anew.
             *fault = Some(Fault::Lost(format!("`{}` confirmed nothing for {within} s", self.physical)));
@@ -455,12 +456,14 @@ impl State {
         freed
     }
 
-    /// Nobody waits for those any more, and whoever was told that their outcome is not known may have looked for them
-    /// since: they are not sent again.
-    fn forget_answered(&mut self) -> Freed {
+    /// What was under way when the lane went down, or was answered since, is not sent again behind its publisher's back:
+    /// it may be stored, and by now the publisher may have done something about it.
+    fn give_up(&mut self) -> Freed {
+        let unknown = LaneError::OutcomeUnknown("the message was sent, and then the lane went down".into());
         let mut freed = Freed::default();
-        while let Some(sealed) = self.in_flight.pop_front_if(|sealed| sealed.is_answered()) {
-            freed.and(sealed.forget());
+        while let Some(sealed) = self.in_flight.pop_front_if(|sealed| sealed.outlived || sealed.is_answered())
+        {
+            freed.and(sealed.fail(&unknown));
         }
         freed
     }

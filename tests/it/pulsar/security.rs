@@ -158,8 +158,7 @@ fn settings_that_cannot_be_used_are_refused_at_once_and_by_name() {
         url: vec!["pulsar://127.0.0.1:6650".into()],
         admin_url: "http://127.0.0.1:8080".into(),
         publish_timeout: Duration::from_secs(1),
-        token: None,
-        tls: None,
+        ..DurableSettings::default()
     };
     let tls = |ca: Option<&str>, cert: Option<&str>| {
         Some(Tls { ca: ca.map(Into::into), cert: cert.map(Into::into), key: None })

@@ -480,7 +480,8 @@ impl Shared {
         let outlets = std::mem::take(&mut users.outlets);
         drop(users);
         self.end.cancel();
-        for Placed { epoch, outlet, .. } in outlets.into_values() {
+        // One that was closed knows, and may be closing at this very moment, with its lock held.
+        for Placed { epoch, outlet, .. } in outlets.into_values().filter(|placed| placed.open) {
             if let Some(outlet) = outlet.upgrade() {
                 outlet.detached(epoch);
             }

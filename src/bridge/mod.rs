@@ -62,11 +62,23 @@ pub struct Bridge {
 /// What every session should know.
 #[derive(Debug, Clone)]
 pub enum Notice {
-    LaneDown { lane: Lane, message: String },
-    LaneUp { lane: Lane },
-    RoutesChanged { at: Timestamp },
-    TopicDeleted { topic: Topic },
-    Draining { reconnect_after: Duration },
+    LaneDown {
+        lane: Lane,
+        message: String,
+    },
+    LaneUp {
+        lane: Lane,
+    },
+    RoutesChanged {
+        at: Timestamp,
+    },
+    TopicDeleted {
+        topic: Topic,
+    },
+    /// Each client is asked to come back at a moment of its own within so long.
+    Draining {
+        reconnect_within: Duration,
+    },
 }
 
 /// What became of a publish, once it is known.

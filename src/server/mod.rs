@@ -135,8 +135,7 @@ impl Running {
         );
         self.app.start_draining();
         self.stop.cancel();
-        let reconnect_after = RECONNECT_SPREAD.mul_f64(fastrand::f64());
-        self.app.bridge.notify(Notice::Draining { reconnect_after });
+        self.app.bridge.notify(Notice::Draining { reconnect_within: RECONNECT_SPREAD });
         self.app.sessions.close();
         let ended = tokio::time::timeout(grace, async {
             self.app.sessions.wait().await;

@@ -217,7 +217,8 @@ impl Reader {
             }
             Notice::LaneDown { .. } | Notice::LaneUp { .. } | Notice::TopicDeleted { .. } => {}
             Notice::RoutesChanged { at } => self.follow_routes(at).await,
-            Notice::Draining { reconnect_after } => {
+            Notice::Draining { reconnect_within } => {
+                let reconnect_after = reconnect_within.mul_f64(fastrand::f64());
                 outbox.push(Event::Info(Info::Draining { reconnect_after }));
                 self.draining = true;
             }

@@ -1,5 +1,6 @@
 //! The bridge goes in order: it says so, answers what is under way, and leaves nothing behind.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::json;
@@ -54,6 +55,24 @@ async fn clients_are_told_answered_and_closed_with_1001() {
         again.stop().await
     };
     drop(dir);
+}
+
+#[tokio::test]
+async fn clients_are_asked_to_come_back_at_different_moments() {
+    let span = Span::start().await;
+    let mut clients = Vec::new();
+    for _ in 0..8 {
+        clients.push(span.client().await);
+    }
+    let stopping = tokio::spawn(span.stop());
+    let mut moments = BTreeSet::new();
+    for mut client in clients {
+        let told = next(&mut client).await;
+        assert_eq!(told.code.as_deref(), Some("DRAINING"));
+        moments.insert(told.reconnect_after_ms.unwrap());
+    }
+    assert!(moments.len() > 1 && moments.iter().all(|after| *after <= 5000), "{moments:?}");
+    soon(stopping).await.unwrap();
 }
 
 #[tokio::test]

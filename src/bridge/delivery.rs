@@ -202,6 +202,21 @@ fn doubled(first: Duration, times: u32, last: Duration) -> Duration {
     first.saturating_mul(2_u32.saturating_pow(times)).min(last)
 }
 
+/// Where the dead letters of a topic are stored now.
+pub fn place_of_letters(
+    policy: &Policy,
+    dead_letter: &DeadLetter,
+    of: &Topic,
+) -> Result<(Arc<Route>, Topic), LaneError> {
+    let name = dead_letter.topic.apply(of.as_str());
+    let topic = Topic::parse(&name).map_err(|error| LaneError::BadRequest(error.to_string()))?;
+    let table = policy.table();
+    let route = table.route_for(&topic).filter(|route| route.lane.takes(Lane::Durable)).ok_or_else(|| {
+        LaneError::BadRequest(format!("no durable route holds `{topic}` now; nothing was stored"))
+    })?;
+    Ok((route.clone(), topic))
+}
+
 /// Stores one member's dead letters. It holds no place in the group: who leaves gives back at once.
 struct DeadLetters {
     member: Weak<dyn Member>,
@@ -242,15 +257,9 @@ impl DeadLetters {
     }
 
     async fn store(&self, handed: &Handed, dead_letter: &DeadLetter) -> Result<(), LaneError> {
-        let name = dead_letter.topic.apply(self.topic.as_str());
-        let topic = Topic::parse(&name).map_err(|error| LaneError::BadRequest(error.to_string()))?;
-        let table = self.around.policy.table();
-        let route =
-            table.route_for(&topic).filter(|route| route.lane.takes(Lane::Durable)).ok_or_else(|| {
-                LaneError::BadRequest(format!("no durable route holds `{topic}` now; nothing was stored"))
-            })?;
+        let (route, topic) = place_of_letters(&self.around.policy, dead_letter, &self.topic)?;
         let message = self.letter(handed);
-        let receipt = self.around.lane.append(route, &topic, message, Publisher::default()).await?;
+        let receipt = self.around.lane.append(&route, &topic, message, Publisher::default()).await?;
         receipt.await?;
         self.around.catalog.published(&topic);
         Ok(())

@@ -75,6 +75,14 @@ impl LaneState {
     }
 }
 
+/// Returns once the durable lane is down, and says why.
+pub async fn durable_down(state: &mut watch::Receiver<LaneState>) -> String {
+    match state.wait_for(|state| !state.is_up()).await.as_deref() {
+        Ok(LaneState::Down(why)) => format!("the durable lane is down: {why}"),
+        Ok(LaneState::Up) | Err(_) => "the durable lane was closed".into(),
+    }
+}
+
 /// Hears what an ephemeral lane brings. Called from the lane's own task, so it never waits.
 pub trait Ear: Send + Sync {
     fn hear(&self, route: &Arc<Route>, envelope: &Arc<Envelope>);

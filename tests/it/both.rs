@@ -97,12 +97,17 @@ async fn native_nats_subscribers_of_a_topic_of_both_lanes_get_copies_in_the_orde
     silent(&mut client).await;
 }
 
+/// A bridge whose NATS may be killed.
+async fn with_its_own_nats() -> Option<(Span, Broker)> {
+    let mut plan = Plan::on_brokers().await?;
+    let nats = Broker::nats(&Options::default()).await;
+    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    Some((Span::with(plan).await, nats))
+}
+
 #[tokio::test]
 async fn without_its_live_half_a_topic_of_both_lanes_is_stored_and_its_subscribers_miss_nothing() {
-    let Some(mut plan) = Plan::on_brokers().await else { return };
-    let mut nats = Broker::nats(&Options::default()).await;
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
-    let span = Span::with(plan).await;
+    let Some((span, mut nats)) = with_its_own_nats().await else { return };
     let mut client = span.client().await;
     client.subscribe("both.kept.o", nothing()).await.unwrap();
     nats.kill();
@@ -120,10 +125,7 @@ async fn without_its_live_half_a_topic_of_both_lanes_is_stored_and_its_subscribe
 
 #[tokio::test]
 async fn who_subscribes_while_the_live_half_is_away_is_asked_once_it_is_back() {
-    let Some(mut plan) = Plan::on_brokers().await else { return };
-    let mut nats = Broker::nats(&Options::default()).await;
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
-    let span = Span::with(plan).await;
+    let Some((span, mut nats)) = with_its_own_nats().await else { return };
     let mut service = span.client().await;
     nats.kill();
     eventually("the ephemeral lane is down", async || span.app().status() == "degraded").await;
@@ -211,10 +213,7 @@ async fn a_replay_of_what_is_sent_live_first_has_no_gap_before_the_live_events(s
 
 #[tokio::test]
 async fn what_the_live_half_loses_comes_late_from_storage() {
-    let Some(mut plan) = Plan::on_brokers().await else { return };
-    let mut nats = Broker::nats(&Options::default()).await;
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
-    let span = Span::with(plan).await;
+    let Some((span, mut nats)) = with_its_own_nats().await else { return };
     let mut client = span.client().await;
     client.subscribe("first.l", nothing()).await.unwrap();
     for n in ["0", "1"] {

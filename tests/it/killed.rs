@@ -131,18 +131,23 @@ async fn with_the_embedded_log() {
     nothing_acknowledged_is_lost(&[], "persistent://public/default/{topic}").await;
 }
 
-#[tokio::test]
-async fn with_pulsar() {
-    if left_out() {
-        return;
-    }
+/// A process's settings, and what its topics' names are to begin with there.
+async fn on_pulsar() -> ([String; 3], String) {
     let pulsar = shared_pulsar().await;
     let settings = [
         "lanes.durable.backend=pulsar".to_owned(),
         format!("lanes.durable.url={}", pulsar.url()),
         format!("lanes.durable.admin_url={}", pulsar.admin_url()),
     ];
-    let own = twinspan::message::MessageId::new().to_string().replace('-', "");
+    (settings, twinspan::message::MessageId::new().to_string().replace('-', ""))
+}
+
+#[tokio::test]
+async fn with_pulsar() {
+    if left_out() {
+        return;
+    }
+    let (settings, own) = on_pulsar().await;
     nothing_acknowledged_is_lost(&settings, &format!("persistent://public/default/k{own}.{{topic}}")).await;
 }
 
@@ -152,13 +157,7 @@ async fn while_it_spools_and_drains() {
     if left_out() {
         return;
     }
-    let pulsar = shared_pulsar().await;
-    let settings = [
-        "lanes.durable.backend=pulsar".to_owned(),
-        format!("lanes.durable.url={}", pulsar.url()),
-        format!("lanes.durable.admin_url={}", pulsar.admin_url()),
-    ];
-    let own = twinspan::message::MessageId::new().to_string().replace('-', "");
+    let (settings, own) = on_pulsar().await;
     let dir = tempfile::tempdir().unwrap();
     let routes = format!(
         "[[route]]\ntopic = \"orders.>\"\nlane = \"durable\"\noutage = \"spool\"\n\

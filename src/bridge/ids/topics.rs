@@ -20,7 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use super::memory::{IDS_MAX, Kept, Key, Known, Memory, UnderWay};
-use crate::lane::contract::{DurableLane, LaneError, LaneState};
+use crate::lane::contract::{DurableLane, LaneError, durable_down};
 use crate::lane::follow::{Follow, Step};
 use crate::message::{Envelope, MessageId, Start, Timestamp};
 use crate::policy::table::Route;
@@ -149,6 +149,7 @@ impl Topics {
             .and_then(|given| given.following.as_ref().map(|following| following.caught_up.clone()));
         let mut caught_up = following.ok_or_else(|| unread("too many topics are given ids at once"))?;
         let reading = timeout_at(deadline, caught_up.wait_for(Option::is_some));
+        let mut state = self.lane.state();
         tokio::select! {
             biased;
             read = reading => match read {
@@ -164,7 +165,7 @@ impl Topics {
                 Ok(Err(_)) => Err(unread("too many topics are given ids at once")),
                 Err(_) => Err(unread("reading it takes longer than a publish may; it goes on")),
             },
-            why = self.down() => Err(unread(&why)),
+            why = durable_down(&mut state) => Err(unread(&why)),
         }
     }
 
@@ -198,12 +199,13 @@ impl Topics {
             }
             Ok(())
         };
+        let mut state = self.lane.state();
         tokio::select! {
             biased;
             looked = timeout_at(deadline, looking) => looked.unwrap_or_else(|_| {
                 Err(LaneError::Unavailable(format!("`{topic}` cannot be looked through in time")))
             }),
-            why = self.down() => Err(LaneError::Unavailable(why)),
+            why = durable_down(&mut state) => Err(LaneError::Unavailable(why)),
         }
     }
 
@@ -320,15 +322,6 @@ impl Topics {
         }
         state.topics.remove(topic);
         None
-    }
-
-    /// Returns, once the lane is down, why.
-    async fn down(&self) -> String {
-        let mut state = self.lane.state();
-        match state.wait_for(|state| !state.is_up()).await.as_deref() {
-            Ok(LaneState::Down(why)) => format!("the durable lane is down: {why}"),
-            Ok(LaneState::Up) | Err(_) => "the durable lane was closed".into(),
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

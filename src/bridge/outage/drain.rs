@@ -21,6 +21,7 @@ use tracing::{debug, error, info, warn};
 use super::breaker::{Pass, backoff, is_outage};
 use super::shared::Shared;
 use super::spool::Spooled;
+use crate::bridge::delivery::place_of_letters;
 use crate::lane::contract::{LaneError, Publisher, Receipt};
 use crate::message::{Lane, Message, MessageId, ORIGIN, Place, Start, Timestamp};
 use crate::policy::table::Route;
@@ -299,13 +300,7 @@ impl Drain {
         why: &LaneError,
     ) -> Result<bool, LaneError> {
         let Some(dead_letter) = &route.redelivery.dead_letter else { return Ok(false) };
-        let name = dead_letter.topic.apply(self.topic.as_str());
-        let topic = Topic::parse(&name).map_err(|error| LaneError::BadRequest(error.to_string()))?;
-        let table = self.shared.policy.table();
-        let route =
-            table.route_for(&topic).filter(|route| route.lane.takes(Lane::Durable)).ok_or_else(|| {
-                LaneError::BadRequest(format!("no durable route holds `{topic}` now; nothing was stored"))
-            })?;
+        let (route, topic) = place_of_letters(&self.shared.policy, dead_letter, &self.topic)?;
         let mut message = spooled.message.clone();
         let origin =
             [("topic", self.topic.to_string()), ("reason", why.to_string()), ("ts", message.ts.to_string())];
@@ -313,7 +308,7 @@ impl Drain {
         message.ts = Timestamp::now();
         message.deliver_at = None;
         let lane = &self.shared.lane;
-        let storing = lane.append(route, &topic, message, Publisher::default());
+        let storing = lane.append(&route, &topic, message, Publisher::default());
         self.shared.while_up(storing).await?.await?;
         self.shared.catalog.published(&topic);
         Ok(true)

@@ -26,9 +26,9 @@ use tracing::{info, warn};
 
 use super::breaker::{Pass, is_outage};
 use super::drain::Drain;
-use super::shared::{Asked, Kept, Shared, closed, is_down};
+use super::shared::{Asked, Kept, Shared, closed};
 use super::spool::Spooled;
-use crate::lane::contract::LaneError;
+use crate::lane::contract::{LaneError, durable_down};
 use crate::message::{MessageId, Position};
 use crate::topic::Topic;
 
@@ -122,7 +122,7 @@ impl Keeper {
                     }
                 }
                 // What does not spool waits for its own answer.
-                _ = is_down(&mut state), if self.newest_spools() => {
+                _ = durable_down(&mut state), if self.newest_spools() => {
                     self.ground().await;
                     return Next::Spooling;
                 }

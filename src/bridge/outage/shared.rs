@@ -15,7 +15,7 @@ use super::breaker::Breaker;
 use super::spool::Spool;
 use crate::bridge::both::Both;
 use crate::bridge::catalog::Catalog;
-use crate::lane::contract::{DurableLane, LaneError, LaneState, Publisher};
+use crate::lane::contract::{DurableLane, LaneError, LaneState, Publisher, durable_down};
 use crate::message::{Message, Position};
 use crate::policy::Policy;
 use crate::policy::table::{OnOutage, Route};
@@ -107,21 +107,13 @@ impl Shared {
         tokio::select! {
             biased;
             done = doing => done,
-            why = is_down(&mut state) => Err(LaneError::Unavailable(format!("the durable lane is down: {why}"))),
+            why = durable_down(&mut state) => Err(LaneError::Unavailable(why)),
         }
     }
 
     pub fn lock(&self) -> MutexGuard<'_, HashMap<Topic, Arc<mpsc::Sender<Asked>>>> {
         // The table is whole between any two statements, so a panic elsewhere spoils nothing.
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Returns once the lane is down, and says why.
-pub async fn is_down(state: &mut watch::Receiver<LaneState>) -> String {
-    match state.wait_for(|state| !state.is_up()).await.as_deref() {
-        Ok(LaneState::Down(why)) => why.clone(),
-        Ok(LaneState::Up) | Err(_) => "it was closed".into(),
     }
 }
 

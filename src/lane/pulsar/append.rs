@@ -26,7 +26,7 @@ use super::names::{self, Physical};
 use super::producer::{Common, Options, Producer};
 use super::record;
 use super::room::Room;
-use crate::lane::contract::{LaneError, LaneState, Publisher};
+use crate::lane::contract::{LaneError, LaneState, Publisher, durable_down};
 use crate::message::{Message, Place, Position, Timestamp};
 use crate::policy::table::Route;
 use crate::topic::Topic;
@@ -184,7 +184,7 @@ impl Producers {
             put = timeout_at(deadline, self.put(producer, message, ticket)) => put.map_err(|_| {
                 LaneError::Unavailable("the line of messages without a receipt stayed full".into())
             }),
-            down = down(&mut state) => Err(down),
+            why = durable_down(&mut state) => Err(LaneError::Unavailable(why)),
         }
     }
 
@@ -298,18 +298,6 @@ pub fn up(state: &watch::Receiver<LaneState>) -> Result<(), LaneError> {
     match &*state.borrow() {
         LaneState::Up => Ok(()),
         LaneState::Down(why) => Err(LaneError::Unavailable(format!("the durable lane is down: {why}"))),
-    }
-}
-
-/// Returns once the lane is down.
-async fn down(state: &mut watch::Receiver<LaneState>) -> LaneError {
-    loop {
-        if let Err(down) = up(state) {
-            return down;
-        }
-        if state.changed().await.is_err() {
-            return LaneError::Unavailable("the durable lane was closed".into());
-        }
     }
 }
 

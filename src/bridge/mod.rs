@@ -10,6 +10,7 @@
 //! the first keeps its order and can have many under way.
 
 pub mod both;
+pub mod canary;
 pub mod catalog;
 pub mod delivery;
 pub mod groups;
@@ -34,6 +35,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{Group, Status};
+use canary::Canary;
 use catalog::Catalog;
 use delivery::{GroupMember, StoredLetters, Surroundings};
 use filters::Filters;
@@ -50,6 +52,7 @@ pub struct Bridge {
     pub durable: Arc<dyn DurableLane>,
     /// What publishes to the durable lane goes by.
     pub outage: Outage,
+    pub canary: Canary,
     pub catalog: Arc<Catalog>,
     pub groups: Arc<Groups>,
     letters: Arc<StoredLetters>,
@@ -118,11 +121,13 @@ impl Bridge {
     ) -> Self {
         let filters = Filters::new(metrics.clone());
         let ids = Ids::new(durable.clone(), metrics.clone(), publish_timeout);
+        let canary = Canary::new(ephemeral.clone(), durable.clone(), outage.clone(), metrics.clone());
         Self {
             policy,
             ephemeral,
             durable,
             outage,
+            canary,
             catalog,
             groups: Arc::default(),
             letters: Arc::default(),
@@ -362,17 +367,6 @@ impl Bridge {
                 else => return,
             }
         }
-    }
-
-    /// Times a round trip through a lane.
-    pub async fn probe(&self, lane: Lane) -> Result<Duration, Fault> {
-        let probed = match lane {
-            Lane::Ephemeral => self.ephemeral.probe().await,
-            Lane::Durable => self.durable.probe().await,
-        };
-        let elapsed = probed.map_err(fault)?;
-        self.metrics.probed(lane, elapsed);
-        Ok(elapsed)
     }
 
     fn route(&self, topic: &Topic) -> Result<Arc<Route>, Fault> {

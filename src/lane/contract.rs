@@ -263,7 +263,8 @@ pub trait DurableLane: Send + Sync {
         Ok(Vec::new())
     }
 
-    /// As on the ephemeral lane: a round trip through storage (a message written and confirmed), timed.
+    /// As on the ephemeral lane: a round trip through storage, timed: a message written, confirmed and, where the lane
+    /// may read, back with whoever follows its topic.
     async fn probe(&self) -> Result<Duration, LaneError>;
 
     fn state(&self) -> watch::Receiver<LaneState>;

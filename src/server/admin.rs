@@ -11,13 +11,12 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use super::app::App;
+use crate::bridge::canary::Standing;
 use crate::message::{Lane, Timestamp};
 use crate::topic::Topic;
 use crate::wire::code::{Code, Fault};
 use crate::wire::json::refused_name;
 
-/// How long a report waits for a lane's round trip.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long deleting a group may take.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -46,8 +45,6 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 
 /// In the words of the health+json draft (draft-inadarei-api-health-check): pass, warn, fail.
 async fn health(State(app): State<Arc<App>>) -> Response {
-    let (ephemeral, durable) =
-        tokio::join!(lane_checks(&app, Lane::Ephemeral), lane_checks(&app, Lane::Durable));
     let reload = app.reloader.last_reload();
     let problems: Vec<_> = reload.problems.iter().map(ToString::to_string).collect();
     let status = match (app.status(), reload.ok) {
@@ -60,8 +57,8 @@ async fn health(State(app): State<Arc<App>>) -> Response {
         "version": env!("CARGO_PKG_VERSION"),
         "description": "twinspan, a dual-mode messaging fabric",
         "checks": {
-            "ephemeral:lane": ephemeral,
-            "durable:lane": durable,
+            "ephemeral:lane": [lane_check(&app, Lane::Ephemeral)],
+            "durable:lane": [lane_check(&app, Lane::Durable)],
             "uptime": [{
                 "observedValue": app.started.elapsed().as_secs(), "observedUnit": "s", "status": "pass",
             }],
@@ -76,32 +73,33 @@ async fn health(State(app): State<Arc<App>>) -> Response {
     (code, [(header::CONTENT_TYPE, "application/health+json")], body.to_string()).into_response()
 }
 
-async fn lane_checks(app: &App, lane: Lane) -> Value {
+fn lane_check(app: &App, lane: Lane) -> Value {
+    let report = app.bridge.canary.report(lane);
+    let seconds = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
+    let beats = report.heartbeats;
     let mut check = json!({
-        "componentType": "component", "componentId": app.backend(lane),
-        "time": Timestamp::now().to_string(),
+        "componentType": "component", "componentId": app.backend(lane), "time": Timestamp::now().to_string(),
+        "status": match report.standing {
+            Standing::Up => "pass",
+            Standing::Degraded => "warn",
+            Standing::Down => "fail",
+        },
+        "since": report.since.to_string(),
+        "heartbeats": {
+            "count": beats.count, "missing": beats.missing,
+            "p50_seconds": seconds(beats.p50), "p99_seconds": seconds(beats.p99),
+        },
     });
-    check["status"] = match app.lane_status(lane) {
-        "up" => "pass",
-        "degraded" => "warn",
-        _ => "fail",
+    if let Some(last) = seconds(beats.last) {
+        (check["observedValue"], check["observedUnit"]) = (last.into(), "s".into());
     }
-    .into();
+    if let Some(why) = report.why {
+        check["output"] = why.into();
+    }
     if lane == Lane::Durable {
         check["outage"] = app.outage();
     }
-    match tokio::time::timeout(PROBE_TIMEOUT, app.bridge.probe(lane)).await {
-        Ok(Ok(elapsed)) => {
-            check["observedValue"] = elapsed.as_secs_f64().into();
-            check["observedUnit"] = "s".into();
-        }
-        Ok(Err(fault)) => check["output"] = fault.message.into(),
-        Err(_) => check["output"] = format!("no round trip within {PROBE_TIMEOUT:?}").into(),
-    }
-    if let Some(reason) = app.lane_trouble(lane) {
-        check["output"] = reason.into();
-    }
-    json!([check])
+    check
 }
 
 async fn routes_in_force(State(app): State<Arc<App>>) -> Json<Value> {

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 use tokio_util::task::TaskTracker;
 
 use crate::bridge::Bridge;
+use crate::bridge::canary::Standing;
 use crate::config::server::ReadyRequires;
 use crate::config::settings::Settings;
-use crate::lane::contract::LaneState;
 use crate::lane::settings::{DurableBackend, EphemeralBackend};
 use crate::message::Lane;
 use crate::policy::Reloader;
@@ -58,7 +58,8 @@ impl App {
         if self.is_draining() {
             return Some("draining".into());
         }
-        let down: Vec<_> = Lane::ALL.into_iter().filter(|lane| self.lane_trouble(*lane).is_some()).collect();
+        let down: Vec<_> =
+            Lane::ALL.into_iter().filter(|lane| self.bridge.canary.why_down(*lane).is_some()).collect();
         match &self.settings.server.ready_requires {
             ReadyRequires::Any => (down.len() == Lane::ALL.len()).then(|| "both lanes are down".into()),
             ReadyRequires::Lanes(lanes) => {
@@ -68,32 +69,11 @@ impl App {
         }
     }
 
-    /// What is wrong with a lane's broker, if anything.
-    pub fn lane_trouble(&self, lane: Lane) -> Option<String> {
-        let state = match lane {
-            Lane::Ephemeral => self.bridge.ephemeral.state(),
-            Lane::Durable => self.bridge.durable.state(),
-        };
-        match &*state.borrow() {
-            LaneState::Up => None,
-            LaneState::Down(reason) => Some(reason.clone()),
-        }
-    }
-
-    /// `degraded`: up, and some topics are not taken now.
-    pub fn lane_status(&self, lane: Lane) -> &'static str {
-        match self.lane_trouble(lane) {
-            Some(_) => "down",
-            None if lane == Lane::Durable && self.bridge.outage.standing().open_topics > 0 => "degraded",
-            None => "up",
-        }
-    }
-
     /// `ok`, `degraded` where not all is well, `down` with both lanes down.
     pub fn status(&self) -> &'static str {
-        match Lane::ALL.map(|lane| self.lane_status(lane)) {
-            ["up", "up"] => "ok",
-            ["down", "down"] => "down",
+        match Lane::ALL.map(|lane| self.bridge.canary.standing(lane)) {
+            [Standing::Up, Standing::Up] => "ok",
+            [Standing::Down, Standing::Down] => "down",
             _ => "degraded",
         }
     }

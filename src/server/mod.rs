@@ -118,6 +118,8 @@ impl Running {
                 bridge.groups.run(bridge.durable.clone(), bridge.policy.clone(), bridge.metrics.clone());
             _ = until.run_until_cancelled(looking).await;
         });
+        let (bridge, until) = (app.bridge.clone(), stop_admin.clone());
+        tasks.spawn(async move { _ = until.run_until_cancelled(bridge.canary.run()).await });
         let (outage, until) = (app.bridge.outage.clone(), stop_admin.clone());
         tasks.spawn(async move { _ = until.run_until_cancelled(outage.run()).await });
         tasks.spawn(app.reloader.clone().watch(stop_admin.clone()));

@@ -346,7 +346,8 @@ async fn health(State(app): State<Arc<App>>) -> Response {
     let lanes: serde_json::Map<_, _> = Lane::ALL
         .into_iter()
         .map(|lane| {
-            let mut about = json!({"status": app.lane_status(lane), "backend": app.backend(lane)});
+            let mut about =
+                json!({"status": app.bridge.canary.standing(lane).as_str(), "backend": app.backend(lane)});
             if lane == Lane::Durable {
                 about["outage"] = app.outage();
             }

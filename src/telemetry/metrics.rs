@@ -32,7 +32,9 @@ pub struct Metrics {
     delivery_duration: HistogramVec,
     request_duration: HistogramVec,
     probe_duration: HistogramVec,
+    probe_failures_total: IntCounterVec,
     lane_up: IntGaugeVec,
+    lane_state: IntGaugeVec,
     breaker_state: IntGaugeVec,
     spool_messages: IntGauge,
     spool_bytes: IntGauge,
@@ -107,7 +109,14 @@ impl Metrics {
                 "A round trip through the lane.",
                 &["lane"],
             ),
+            probe_failures_total: counters(
+                &registry,
+                "probe_failures_total",
+                "Heartbeats through a lane that did not come back in time.",
+                &["lane"],
+            ),
             lane_up: gauges(&registry, "lane_up", "1 while the lane answers its probes.", &["lane"]),
+            lane_state: gauges(&registry, "lane_state", "0: down, 1: degraded, 2: up.", &["lane"]),
             breaker_state: gauges(
                 &registry,
                 "breaker_state",
@@ -257,6 +266,8 @@ impl Metrics {
         }
         for lane in Lane::ALL {
             made.lane_up.with_label_values(&[lane.as_str()]).set(0);
+            made.lane_state.with_label_values(&[lane.as_str()]).set(0);
+            made.probe_failures_total.with_label_values(&[lane.as_str()]);
         }
         for code in Code::ALL {
             made.errors_total.with_label_values(&[code.as_str()]);
@@ -338,6 +349,15 @@ impl Metrics {
 
     pub fn probed(&self, lane: Lane, elapsed: Duration) {
         self.probe_duration.with_label_values(&[lane.as_str()]).observe(elapsed.as_secs_f64());
+    }
+
+    pub fn probe_failed(&self, lane: Lane) {
+        self.probe_failures_total.with_label_values(&[lane.as_str()]).inc();
+    }
+
+    /// 0: down, 1: degraded, 2: up.
+    pub fn lane_stands(&self, lane: Lane, standing: i64) {
+        self.lane_state.with_label_values(&[lane.as_str()]).set(standing);
     }
 
     pub fn lane_is(&self, lane: Lane, up: bool) {

@@ -26,7 +26,7 @@ use twinspan::topic::{Pattern, Topic};
 use twinspan::wire::json::Json;
 use twinspan::wire::verbs::{Asked, Codec, Event};
 
-use crate::harness::{Plan, Span, draft, eventually, next, next_payload, nothing, soon};
+use crate::harness::{Plan, Span, answer, draft, eventually, http_client, next, next_payload, nothing, soon};
 use crate::lanes::{ephemeral, policy};
 
 /// The bus, with defects at certain topics.
@@ -296,6 +296,24 @@ async fn what_a_lane_fails_at_is_said_on_the_wire_and_whether_to_try_again() {
     client.subscribe("telemetry.a", nothing()).await.unwrap();
     client.publish("telemetry.a", &draft("1")).await.unwrap();
     assert_eq!(next_payload(&mut client).await, "1");
+}
+
+#[tokio::test]
+async fn a_lane_that_is_up_and_brings_no_heartbeat_back_is_degraded() {
+    let span = flawed().await;
+    eventually("it is degraded", async || {
+        span.get("/health").await.1["lanes"]["durable"]["status"] == "degraded"
+    })
+    .await;
+    let (status, health) = answer(http_client().get(span.admin("/health")).send().await.unwrap()).await;
+    let check = &health["checks"]["durable:lane"][0];
+    assert_eq!((status, &health["status"], &check["status"]), (200, &json!("warn"), &json!("warn")));
+    assert!(check["output"].as_str().unwrap().contains("storage is away"), "{check}");
+    assert_eq!(check["heartbeats"]["missing"], check["heartbeats"]["count"]);
+    assert_eq!(span.metric(r#"twinspan_lane_state{lane="durable"}"#), 1.0);
+    assert_eq!(span.metric(r#"twinspan_lane_up{lane="durable"}"#), 1.0, "it takes what it is given");
+    assert!(span.metric(r#"twinspan_probe_failures_total{lane="durable"}"#) >= 3.0);
+    assert_eq!(span.get("/readyz").await.0, 200);
 }
 
 #[tokio::test]

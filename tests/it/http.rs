@@ -134,7 +134,6 @@ async fn health_readiness_and_metrics_say_how_it_is() {
     assert_eq!(response.headers()["content-type"], "application/health+json");
     let (_, health) = answer(response).await;
     assert_eq!(health["status"], "pass", "{health}");
-    assert!(health["checks"]["durable:lane"][0]["observedValue"].as_f64().unwrap() > 0.0, "{health}");
 
     let metrics = http_client().get(span.admin("/metrics")).send().await.unwrap().text().await.unwrap();
     for line in [

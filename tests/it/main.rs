@@ -13,6 +13,7 @@ mod clients;
 mod batches;
 mod both;
 mod bench;
+mod canary;
 mod defects;
 mod durable_contract;
 mod ephemeral_contract;

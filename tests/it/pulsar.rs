@@ -26,6 +26,7 @@ mod cluster;
 mod faults;
 mod gateway;
 mod groups;
+mod heartbeats;
 mod load;
 mod natives;
 mod outages;

@@ -195,6 +195,17 @@ impl Breaker {
         self.era.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// A heartbeat went through: every topic that is open may be tried at once.
+    pub fn lane_came_up(&self) {
+        self.lane_came_up_at(Instant::now());
+    }
+
+    fn lane_came_up_at(&self, now: Instant) {
+        for circuit in self.lock().values_mut() {
+            circuit.probe_at = now;
+        }
+    }
+
     /// The worst of the lane and its topics, and how many topics are open or half open.
     pub fn state(&self) -> (BreakerState, usize) {
         self.state_at(Instant::now())
@@ -360,6 +371,21 @@ mod tests {
         bed.open();
         bed.lane.send_replace(LaneState::Up);
         before.into_iter().for_each(|pass| bed.fail(pass));
+        assert_eq!(bed.state(), (BreakerState::Closed, 0));
+    }
+
+    #[test]
+    fn a_lane_that_comes_back_has_its_open_topics_tried_at_once() {
+        let bed = Bed::new();
+        bed.open();
+        bed.lane.send_replace(LaneState::Down("gone".into()));
+        bed.breaker.lane_went_down();
+        assert!(bed.admit().is_err());
+        bed.lane.send_replace(LaneState::Up);
+        bed.breaker.lane_came_up_at(bed.now);
+        let probe = bed.admit().unwrap();
+        assert!(bed.admit().is_err(), "by one publish");
+        bed.hear(probe, Ok(()));
         assert_eq!(bed.state(), (BreakerState::Closed, 0));
     }
 

@@ -146,10 +146,15 @@ impl Outage {
         let mut state = self.0.state.clone();
         let mut ticks = interval(REPORT_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut was_up = true;
         loop {
-            if !state.borrow_and_update().is_up() {
-                self.0.breaker.lane_went_down();
+            let is_up = state.borrow_and_update().is_up();
+            match (was_up, is_up) {
+                (_, false) => self.0.breaker.lane_went_down(),
+                (false, true) => self.0.breaker.lane_came_up(),
+                (true, true) => {}
             }
+            was_up = is_up;
             self.report();
             tokio::select! {
                 _ = ticks.tick() => {}

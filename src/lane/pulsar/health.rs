@@ -5,12 +5,10 @@
 //!                                                                    └──every 8 s──▶ connect anew, to the next URL
 //! ```
 //! Nothing less tells a broker that answers from one that stores: a frozen process keeps its sockets, and a broker
-//! without its bookies keeps answering pings. The price is a message of some 150 bytes a second on one topic, which
-//! its namespace's retention removes with everything else.
+//! without its bookies keeps answering pings. The price, with the bridge's heartbeats (`heartbeat.rs`), is two messages of
+//! some 150 bytes a second, which their namespace's retention removes with everything else.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -18,17 +16,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::append::Producers;
 use super::cluster::Cluster;
-use super::names::Physical;
-use crate::lane::contract::{LaneError, LaneState};
-use crate::message::{Draft, Lane};
-use crate::policy::Policy;
-use crate::telemetry::metrics::Metrics;
+use super::heartbeat::Heartbeat;
+use crate::lane::contract::LaneState;
 
-/// No topic of ours begins with `_`, so it shows in no listing.
-const CANARY: &str = "__twinspan-probe";
-const DEFAULT_NAMESPACE: &str = "public/default";
 const EVERY: Duration = Duration::from_secs(1);
 /// Two of them and the second between probes: a broker that froze is down within 3 s.
 const WITHIN: Duration = Duration::from_millis(800);
@@ -38,8 +29,7 @@ const RECONNECT_AFTER: Duration = Duration::from_secs(8);
 pub struct Health {
     /// Of the publishing connections.
     pub cluster: Arc<Cluster>,
-    pub canary: Arc<Canary>,
-    pub metrics: Arc<Metrics>,
+    pub heartbeat: Arc<Heartbeat>,
     pub state: watch::Sender<LaneState>,
 }
 
@@ -60,10 +50,9 @@ impl Health {
             if misses == 0 || misses >= MISSES {
                 ticks.tick().await;
             }
-            match self.canary.probe(WITHIN).await {
-                Ok(elapsed) => {
+            match self.heartbeat.write(WITHIN).await {
+                Ok(()) => {
                     (misses, well) = (0, Instant::now());
-                    self.metrics.probed(Lane::Durable, elapsed);
                     self.is_up();
                 }
                 Err(error) => {
@@ -97,48 +86,5 @@ impl Health {
             *state = down;
             changed
         });
-    }
-}
-
-/// Writes where this bridge may: in the namespace of the first durable route that lets it.
-pub struct Canary {
-    policy: Policy,
-    producers: Arc<Producers>,
-    /// Which of the namespaces took the last probe.
-    at: AtomicUsize,
-}
-
-impl Canary {
-    pub fn new(policy: Policy, producers: Arc<Producers>) -> Self {
-        Self { policy, producers, at: AtomicUsize::new(0) }
-    }
-
-    /// A write and its receipt, timed.
-    pub async fn probe(&self, within: Duration) -> Result<Duration, LaneError> {
-        let topics = self.topics();
-        let at = self.at.load(Ordering::Relaxed) % topics.len();
-        let began = Instant::now();
-        let probed = self.producers.probe(&topics[at], Draft::default().accept(), within).await;
-        if let Err(LaneError::Forbidden(_) | LaneError::BadRequest(_)) = probed {
-            // What is refused here may be allowed in the next.
-            self.at.store(at + 1, Ordering::Relaxed);
-        }
-        probed.map(|_| began.elapsed())
-    }
-
-    /// One for each namespace of the durable routes; at least one.
-    fn topics(&self) -> Vec<Physical> {
-        let table = self.policy.table();
-        let durable = table.routes().iter().filter(|route| route.lane.takes(Lane::Durable));
-        let canary =
-            |topic: Physical| Physical::parse(format!("persistent://{}/{CANARY}", topic.namespace()));
-        let found = durable.filter_map(|route| Physical::parse(route.pulsar.apply("x"))).filter_map(canary);
-        let found: BTreeSet<_> = found.collect();
-        match found.is_empty() {
-            false => found.into_iter().collect(),
-            true => {
-                Physical::parse(format!("persistent://{DEFAULT_NAMESPACE}/{CANARY}")).into_iter().collect()
-            }
-        }
     }
 }

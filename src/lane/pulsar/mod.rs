@@ -47,6 +47,7 @@ mod frame;
 mod group;
 mod groups;
 mod health;
+mod heartbeat;
 mod held;
 mod names;
 mod newer;
@@ -69,7 +70,8 @@ use credentials::Credentials;
 use fault::Fault;
 use follow::Tails;
 use groups::Groups;
-use health::{Canary, Health};
+use health::Health;
+use heartbeat::Heartbeat;
 use names::Physical;
 use read::{Plan, Source, TopicReader};
 use topics::Topics;
@@ -87,7 +89,7 @@ pub struct PulsarLane {
     publishing: Arc<Cluster>,
     admin: Arc<Admin>,
     producers: Arc<Producers>,
-    canary: Arc<Canary>,
+    heartbeat: Arc<Heartbeat>,
     topics: Arc<Topics>,
     tails: Tails,
     groups: Groups,
@@ -132,10 +134,10 @@ impl PulsarLane {
         let publishing = Arc::new(Cluster::new(services.clone(), credentials.clone()));
         let producers =
             Producers::new(publishing.clone(), state.clone(), settings.publish_timeout, stop.child_token());
-        let canary = Arc::new(Canary::new(policy.clone(), producers.clone()));
         let cluster = Arc::new(Cluster::new(services, credentials));
-        let topics = Arc::new(Topics::new(policy.clone(), cluster.clone(), metrics.clone()));
-        let health = Health { cluster: publishing.clone(), canary: canary.clone(), metrics, state: states };
+        let heartbeat = Arc::new(Heartbeat::new(policy.clone(), producers.clone(), cluster.clone()));
+        let topics = Arc::new(Topics::new(policy.clone(), cluster.clone(), metrics));
+        let health = Health { cluster: publishing.clone(), heartbeat: heartbeat.clone(), state: states };
         tokio::spawn(health.run(stop.child_token()));
         tokio::spawn(topics.clone().run(stop.child_token()));
         Ok(Arc::new(Self {
@@ -144,7 +146,7 @@ impl PulsarLane {
             publishing,
             admin,
             producers,
-            canary,
+            heartbeat,
             topics,
             tails: Tails::default(),
             groups: Groups::new(busy_for),
@@ -256,7 +258,7 @@ impl DurableLane for PulsarLane {
     }
 
     async fn probe(&self) -> Result<Duration, LaneError> {
-        self.canary.probe(PROBE_TIMEOUT).await
+        self.heartbeat.round_trip(PROBE_TIMEOUT).await
     }
 
     fn state(&self) -> watch::Receiver<LaneState> {

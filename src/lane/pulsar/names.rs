@@ -38,6 +38,11 @@ impl Physical {
         Some(Self { full, local })
     }
 
+    /// A topic of a namespace. Both are taken as they are.
+    pub fn within(namespace: &str, local: &str) -> Self {
+        Self { full: format!("{SCHEME}{namespace}/{local}"), local: SCHEME.len() + namespace.len() + 1 }
+    }
+
     pub fn as_str(&self) -> &str {
         &self.full
     }
@@ -103,6 +108,7 @@ mod tests {
     fn a_physical_name_has_a_tenant_a_namespace_and_a_local_name() {
         let name = Physical::parse("persistent://acme/eu/orders.a".into()).unwrap();
         assert_eq!((name.namespace(), name.local()), ("acme/eu", "orders.a"));
+        assert_eq!(Physical::within("acme/eu", "orders.a"), name);
         assert_eq!(name.partition(3).as_str(), "persistent://acme/eu/orders.a-partition-3");
         assert_eq!(name.partition(3).whole(), name);
         assert_eq!(name.clone().whole(), name);

@@ -4,23 +4,35 @@
 //! wants topics declared first still has them after a restart; counts are this process's own.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use tokio::sync::broadcast;
+
 use crate::topic::{Pattern, Topic};
 
+/// Topics that appeared and that whoever watches has not heard of. Who is further behind misses some.
+const CREATED_MAX: usize = 256;
 /// How many topics are remembered. One that comes after that is carried like any other, it is just not listed.
 const TOPICS_MAX: usize = 100_000;
 
 pub struct Catalog {
     topics: RwLock<HashMap<Topic, Arc<Entry>>>,
-    /// How many subscriptions there are to each pattern.
-    subscriptions: Mutex<BTreeMap<Pattern, u64>>,
+    subscriptions: Mutex<Subscriptions>,
     file: PathBuf,
     /// Held while the file is replaced, so that the last write holds the last state.
     writing: Mutex<()>,
+    created: broadcast::Sender<Topic>,
+}
+
+/// How many there are to each topic, and to each pattern of several topics.
+#[derive(Default)]
+struct Subscriptions {
+    topics: HashMap<Topic, u64>,
+    patterns: HashMap<Pattern, u64>,
 }
 
 #[derive(Default)]
@@ -57,6 +69,7 @@ impl Catalog {
             subscriptions: Mutex::default(),
             file,
             writing: Mutex::default(),
+            created: broadcast::channel(CREATED_MAX).0,
         })
     }
 
@@ -69,19 +82,21 @@ impl Catalog {
 
     /// Someone subscribed. A topic is known by its first subscriber, too.
     pub fn subscribed(&self, pattern: &Pattern) {
-        if let Some(topic) = pattern.topic() {
-            self.entry(&topic);
+        let mut subscriptions = self.subscriptions();
+        match pattern.topic() {
+            Some(topic) => {
+                self.entry(&topic);
+                *subscriptions.topics.entry(topic).or_default() += 1;
+            }
+            None => *subscriptions.patterns.entry(pattern.clone()).or_default() += 1,
         }
-        *self.subscriptions().entry(pattern.clone()).or_default() += 1;
     }
 
     pub fn unsubscribed(&self, pattern: &Pattern) {
         let mut subscriptions = self.subscriptions();
-        if let Some(count) = subscriptions.get_mut(pattern) {
-            *count -= 1;
-            if *count == 0 {
-                subscriptions.remove(pattern);
-            }
+        match pattern.topic() {
+            Some(topic) => one_less(&mut subscriptions.topics, &topic),
+            None => one_less(&mut subscriptions.patterns, pattern),
         }
     }
 
@@ -98,7 +113,9 @@ impl Catalog {
             }
             let messages = topics.get(topic).map_or(0, |entry| entry.messages.load(Ordering::Relaxed));
             let entry = Entry { messages: messages.into(), declared: true };
-            topics.insert(topic.clone(), Arc::new(entry));
+            if topics.insert(topic.clone(), Arc::new(entry)).is_none() {
+                self.tell(topic);
+            }
         }
         self.save()?;
         Ok(true)
@@ -126,9 +143,21 @@ impl Catalog {
         entries.iter().map(|(topic, entry)| self.known(topic, entry, &subscriptions)).collect()
     }
 
+    /// How many messages went through each, in no order.
+    pub fn messages(&self) -> Vec<(Topic, u64)> {
+        let topics = self.read();
+        topics.iter().map(|(topic, entry)| (topic.clone(), entry.messages.load(Ordering::Relaxed))).collect()
+    }
+
+    /// Each topic that becomes known from now on.
+    pub fn created(&self) -> broadcast::Receiver<Topic> {
+        self.created.subscribe()
+    }
+
     /// How many subscriptions there are.
     pub fn subscribers(&self) -> u64 {
-        self.subscriptions().values().sum()
+        let subscriptions = self.subscriptions();
+        subscriptions.topics.values().chain(subscriptions.patterns.values()).sum()
     }
 
     pub fn len(&self) -> usize {
@@ -139,9 +168,10 @@ impl Catalog {
         self.len() == 0
     }
 
-    fn known(&self, topic: &Topic, entry: &Entry, subscriptions: &BTreeMap<Pattern, u64>) -> Known {
-        let subscribers =
-            subscriptions.iter().filter(|(p, _)| p.matches(topic)).map(|(_, count)| count).sum();
+    fn known(&self, topic: &Topic, entry: &Entry, subscriptions: &Subscriptions) -> Known {
+        let to_it = subscriptions.topics.get(topic).copied().unwrap_or_default();
+        let matching = subscriptions.patterns.iter().filter(|(pattern, _)| pattern.matches(topic));
+        let subscribers = to_it + matching.map(|(_, count)| count).sum::<u64>();
         Known { topic: topic.clone(), messages: entry.messages.load(Ordering::Relaxed), subscribers }
     }
 
@@ -153,7 +183,16 @@ impl Catalog {
         if topics.len() >= TOPICS_MAX && !topics.contains_key(topic) {
             return None;
         }
-        Some(topics.entry(topic.clone()).or_default().clone())
+        let entry = topics.entry(topic.clone()).or_insert_with(|| {
+            self.tell(topic);
+            Arc::default()
+        });
+        Some(entry.clone())
+    }
+
+    fn tell(&self, topic: &Topic) {
+        // Nobody may be watching.
+        let _ = self.created.send(topic.clone());
     }
 
     /// Replaces the file as a whole: a crash leaves the old one or the new one.
@@ -181,8 +220,17 @@ impl Catalog {
         self.topics.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn subscriptions(&self) -> MutexGuard<'_, BTreeMap<Pattern, u64>> {
+    fn subscriptions(&self) -> MutexGuard<'_, Subscriptions> {
         self.subscriptions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn one_less<K: Eq + Hash>(counts: &mut HashMap<K, u64>, of: &K) {
+    if let Some(count) = counts.get_mut(of) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(of);
+        }
     }
 }
 

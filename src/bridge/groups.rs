@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, broadcast};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::debug;
 
@@ -25,15 +25,38 @@ const LOOK_APART: Duration = Duration::from_secs(5);
 const TOPICS_AT_ONCE: usize = 16;
 const TOPIC_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
+/// Members that came or went and that whoever watches has not heard of. Who is further behind misses some.
+const MEMBERSHIPS_MAX: usize = 256;
 /// The most groups that have series of their own.
 pub const SERIES_MAX: usize = 1000;
 const OTHER: &str = "other";
 
-#[derive(Default)]
 pub struct Groups {
     /// How many members each group has here.
     served: Mutex<BTreeMap<Topic, BTreeMap<Arc<str>, usize>>>,
     changed: Notify,
+    /// How the groups of a topic stood at the last look.
+    reports: Mutex<HashMap<Topic, Vec<GroupReport>>>,
+    memberships: broadcast::Sender<Membership>,
+}
+
+/// A member of a group came or went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Membership {
+    pub topic: Topic,
+    pub group: Arc<str>,
+    pub joined: bool,
+}
+
+impl Default for Groups {
+    fn default() -> Self {
+        Self {
+            served: Mutex::default(),
+            changed: Notify::new(),
+            reports: Mutex::default(),
+            memberships: broadcast::channel(MEMBERSHIPS_MAX).0,
+        }
+    }
 }
 
 /// One member of a group, counted until it is dropped.
@@ -64,7 +87,30 @@ impl Groups {
             self.changed.notify_one();
         }
         drop(served);
+        self.tell(&topic, &group, true);
         Served { topic, group, groups: self.clone() }
+    }
+
+    /// Each member that comes or goes from now on.
+    pub fn memberships(&self) -> broadcast::Receiver<Membership> {
+        self.memberships.subscribe()
+    }
+
+    /// How the groups that have members here stood at the last look.
+    pub fn reports(&self) -> Vec<(Topic, GroupReport)> {
+        let (served, reports) = (self.served(), lock(&self.reports));
+        let mut standing = Vec::new();
+        for (topic, groups) in served.iter() {
+            let found = reports.get(topic).into_iter().flatten();
+            let here = found.filter(|report| groups.contains_key(report.name.as_str()));
+            standing.extend(here.map(|report| (topic.clone(), report.clone())));
+        }
+        standing
+    }
+
+    fn tell(&self, topic: &Topic, group: &Arc<str>, joined: bool) {
+        // Nobody may be watching.
+        let _ = self.memberships.send(Membership { topic: topic.clone(), group: group.clone(), joined });
     }
 
     /// Looks again and again, until the process ends.
@@ -84,6 +130,7 @@ impl Groups {
             soonest = Instant::now() + LOOK_APART;
             let served = self.served().clone();
             look(&served, &*lane, &policy, &mut reports).await;
+            lock(&self.reports).clone_from(&reports);
             let standings = standings(&served, &policy, &reports, &shown);
             for (route, group) in shown.iter().filter(|series| !standings.contains_key(*series)) {
                 metrics.group_left(route, group);
@@ -96,12 +143,18 @@ impl Groups {
     }
 
     fn served(&self) -> MutexGuard<'_, BTreeMap<Topic, BTreeMap<Arc<str>, usize>>> {
-        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.served)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each use leaves it whole, so a panic elsewhere spoils nothing.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
+        self.groups.tell(&self.topic, &self.group, false);
         let mut served = self.groups.served();
         let Some(groups) = served.get_mut(&self.topic) else { return };
         if let Some(members) = groups.get_mut(&self.group) {

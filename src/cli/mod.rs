@@ -74,6 +74,9 @@ enum Verb {
         /// Only this lane.
         #[arg(long, value_parser = lane)]
         lane: Option<Lane>,
+        /// Go on asking every two seconds until Ctrl-C.
+        #[arg(long)]
+        watch: bool,
     },
 }
 
@@ -94,7 +97,7 @@ pub async fn run(arguments: Arguments) -> ExitCode {
         Verb::Reply(asked) => talk::reply(asked).await,
         Verb::Consume(asked) => consume::consume(asked).await,
         Verb::Bench(asked) => bench::bench(*asked, &sources).await,
-        Verb::Health { lane } => return health::health(&sources, lane).await,
+        Verb::Health { lane, watch } => return health::health(&sources, lane, watch).await,
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

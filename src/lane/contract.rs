@@ -75,6 +75,21 @@ impl LaneState {
     }
 }
 
+/// What a lane's broker tells of itself, in the same fields for either; `None` where it does not say.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct BrokerReport {
+    pub version: Option<String>,
+    pub connections: Option<u64>,
+    pub subscriptions: Option<u64>,
+    /// Clients that it cut off since it started because they read too slowly.
+    pub slow_consumers: Option<u64>,
+    /// Messages a second, in from publishers and out to subscribers, over all its clients.
+    pub in_rate: Option<f64>,
+    pub out_rate: Option<f64>,
+    /// Why it says less than it could, or is not well by its own account.
+    pub problem: Option<String>,
+}
+
 /// Returns once the durable lane is down, and says why.
 pub async fn durable_down(state: &mut watch::Receiver<LaneState>) -> String {
     match state.wait_for(|state| !state.is_up()).await.as_deref() {
@@ -135,6 +150,12 @@ pub trait EphemeralLane: Send + Sync {
 
     /// A round trip through the lane, timed. Fails within a second where the lane cannot be reached.
     async fn probe(&self) -> Result<Duration, LaneError>;
+
+    /// Asks the broker about itself; `None` where the lane has none. Ends within five seconds. What comes of it says
+    /// nothing of the lane's state.
+    async fn broker(&self) -> Option<BrokerReport> {
+        None
+    }
 
     /// The state now and as it changes. A broker that was killed, froze or cannot be reached is `Down` within 3 s.
     fn state(&self) -> watch::Receiver<LaneState>;
@@ -266,6 +287,10 @@ pub trait DurableLane: Send + Sync {
     /// As on the ephemeral lane: a round trip through storage, timed: a message written, confirmed and, where the lane
     /// may read, back with whoever follows its topic.
     async fn probe(&self) -> Result<Duration, LaneError>;
+
+    async fn broker(&self) -> Option<BrokerReport> {
+        None
+    }
 
     fn state(&self) -> watch::Receiver<LaneState>;
 

@@ -120,14 +120,10 @@ struct Inner {
     path: PathBuf,
     policy: Policy,
     metrics: Arc<Metrics>,
-    /// Held through a whole reload, so that of two the later read is the later in force.
-    state: Mutex<State>,
-}
-
-struct State {
-    /// What the last try read, good or bad.
-    tried: Texts,
-    last: LastReload,
+    /// What the last try read, good or bad. Held through a whole reload, so that of two the later read is the later in
+    /// force.
+    tried: Mutex<Texts>,
+    last: latest::Sender<LastReload>,
 }
 
 /// How the last reload went; starting counts as the first.
@@ -135,6 +131,8 @@ struct State {
 pub struct LastReload {
     pub at: Timestamp,
     pub ok: bool,
+    /// What it changed, where it took effect.
+    pub changes: Summary,
     /// What was wrong. The routes in force are those before it.
     pub problems: Vec<String>,
 }
@@ -152,9 +150,10 @@ impl Reloader {
     /// Puts in force what was loaded at the start.
     pub fn new(path: PathBuf, loaded: Loaded, metrics: Arc<Metrics>) -> Self {
         metrics.reloaded(true);
-        let last = LastReload { at: Timestamp::now(), ok: true, problems: Vec::new() };
-        let state = Mutex::new(State { tried: loaded.texts, last });
-        Self(Arc::new(Inner { path, policy: Policy::new(loaded.table), metrics, state }))
+        let changes = Summary { routes: loaded.table.routes().len(), ..Summary::default() };
+        let last = LastReload { at: Timestamp::now(), ok: true, changes, problems: Vec::new() };
+        let (tried, last) = (Mutex::new(loaded.texts), latest::Sender::new(last));
+        Self(Arc::new(Inner { path, policy: Policy::new(loaded.table), metrics, tried, last }))
     }
 
     pub fn policy(&self) -> &Policy {
@@ -167,7 +166,12 @@ impl Reloader {
     }
 
     pub fn last_reload(&self) -> LastReload {
-        self.lock().last.clone()
+        self.0.last.borrow().clone()
+    }
+
+    /// How the last reload went, and each that follows.
+    pub fn reloads(&self) -> latest::Receiver<LastReload> {
+        self.0.last.subscribe()
     }
 
     /// Reloads whenever the content of the file, or of one that it names, has changed, until `stop`.
@@ -178,7 +182,7 @@ impl Reloader {
             if let Err(error) = tokio::task::spawn_blocking(move || reloader.look()).await {
                 error!(%error, "Looking at the routes file broke off; the routes stay as they are.");
             }
-            let files: Vec<_> = self.lock().tried.0.keys().cloned().collect();
+            let files: Vec<_> = self.lock().0.keys().cloned().collect();
             if watch.directories_of(&files) {
                 // A look for what changed before the watch was there.
                 continue;
@@ -191,17 +195,17 @@ impl Reloader {
     }
 
     fn look(&self) {
-        let mut state = self.lock();
-        if !state.tried.are_current() {
+        let mut tried = self.lock();
+        if !tried.are_current() {
             // What came of it is in the log and in `last_reload`; there is nobody else to tell.
-            let _ = self.read_again(&mut state);
+            let _ = self.read_again(&mut tried);
         }
     }
 
-    fn read_again(&self, state: &mut State) -> Result<Summary, Vec<Problem>> {
+    fn read_again(&self, tried: &mut Texts) -> Result<Summary, Vec<Problem>> {
         let file = self.0.path.display();
         let (read, texts) = read(&self.0.path);
-        state.tried = texts;
+        *tried = texts;
         self.0.metrics.reloaded(read.is_ok());
         let problems = read.as_ref().err().map_or(&[][..], Vec::as_slice);
         let mut told: Vec<_> = problems.iter().take(PROBLEMS_KEPT_MAX).map(Problem::to_string).collect();
@@ -211,11 +215,12 @@ impl Reloader {
         for problem in &told {
             warn!("{problem}");
         }
-        state.last = LastReload { at: Timestamp::now(), ok: read.is_ok(), problems: told };
+        let told = |ok, changes| LastReload { at: Timestamp::now(), ok, changes, problems: told };
         match read {
             Ok(table) => {
                 let summary = Summary::of(&self.0.policy.table(), &table);
                 self.0.policy.replace(table);
+                self.0.last.send_replace(told(true, summary.clone()));
                 match summary.is_unchanged() {
                     true => debug!(%file, "The routes are as they were."),
                     false => info!(%file, "New routes in force: {summary}."),
@@ -223,15 +228,16 @@ impl Reloader {
                 Ok(summary)
             }
             Err(problems) => {
+                self.0.last.send_replace(told(false, Summary::default()));
                 warn!(%file, problems = problems.len(), "The routes file is not usable; the routes before it stay in force.");
                 Err(problems)
             }
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Each field is whole between any two statements, so a panic elsewhere spoils nothing.
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Texts> {
+        // It is replaced by one statement, so a panic elsewhere spoils nothing.
+        self.0.tried.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -31,11 +31,12 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/explain/{topic}", get(explain))
         .route("/reload", post(reload))
         .route("/connections", get(connections))
+        .route("/api/monitoring/ws", get(super::monitor::watch))
         .route("/topics/{topic}/groups/{group}", delete(delete_group))
 }
 
 async fn index() -> &'static str {
-    "twinspan, for operators: /metrics /health /livez /readyz /routes /explain/{topic} /connections, POST /reload, DELETE /topics/{topic}/groups/{group}\n"
+    "twinspan, for operators: /metrics /health /livez /readyz /routes /explain/{topic} /connections /api/monitoring/ws, POST /reload, DELETE /topics/{topic}/groups/{group}\n"
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -45,8 +46,13 @@ async fn metrics(State(app): State<Arc<App>>) -> Response {
 
 /// In the words of the health+json draft (draft-inadarei-api-health-check): pass, warn, fail.
 async fn health(State(app): State<Arc<App>>) -> Response {
+    let (ephemeral, durable) =
+        tokio::join!(lane_check(&app, Lane::Ephemeral), lane_check(&app, Lane::Durable));
     let reload = app.reloader.last_reload();
-    let problems: Vec<_> = reload.problems.iter().map(ToString::to_string).collect();
+    let groups: Vec<_> = app.bridge.groups.reports().into_iter().map(|(topic, group)| json!({
+        "componentId": format!("{topic} {}", group.name), "componentType": "component", "status": "pass",
+        "observedValue": group.backlog, "observedUnit": "messages", "unacked": group.unacked, "members": group.members,
+    })).collect();
     let status = match (app.status(), reload.ok) {
         ("down", _) => "fail",
         ("ok", true) => "pass",
@@ -57,15 +63,16 @@ async fn health(State(app): State<Arc<App>>) -> Response {
         "version": env!("CARGO_PKG_VERSION"),
         "description": "twinspan, a dual-mode messaging fabric",
         "checks": {
-            "ephemeral:lane": [lane_check(&app, Lane::Ephemeral)],
-            "durable:lane": [lane_check(&app, Lane::Durable)],
+            "ephemeral:lane": [ephemeral],
+            "durable:lane": [durable],
             "uptime": [{
                 "observedValue": app.started.elapsed().as_secs(), "observedUnit": "s", "status": "pass",
             }],
             "connections": [{"observedValue": app.roster.len(), "observedUnit": "connections", "status": "pass"}],
+            "groups:backlog": groups,
             "config:reload": [{
                 "status": if reload.ok { "pass" } else { "warn" }, "time": reload.at.to_string(),
-                "output": problems.join("\n"),
+                "output": reload.problems.join("\n"), "changes": reload.changes.to_string(),
             }],
         },
     });
@@ -73,31 +80,26 @@ async fn health(State(app): State<Arc<App>>) -> Response {
     (code, [(header::CONTENT_TYPE, "application/health+json")], body.to_string()).into_response()
 }
 
-fn lane_check(app: &App, lane: Lane) -> Value {
-    let report = app.bridge.canary.report(lane);
-    let seconds = |time: Option<Duration>| time.map(|time| time.as_secs_f64());
-    let beats = report.heartbeats;
-    let mut check = json!({
-        "componentType": "component", "componentId": app.backend(lane), "time": Timestamp::now().to_string(),
-        "status": match report.standing {
-            Standing::Up => "pass",
-            Standing::Degraded => "warn",
-            Standing::Down => "fail",
-        },
-        "since": report.since.to_string(),
-        "heartbeats": {
-            "count": beats.count, "missing": beats.missing,
-            "p50_seconds": seconds(beats.p50), "p99_seconds": seconds(beats.p99),
-        },
-    });
-    if let Some(last) = seconds(beats.last) {
-        (check["observedValue"], check["observedUnit"]) = (last.into(), "s".into());
+/// What the monitoring socket tells of a lane, and the draft's own words.
+async fn lane_check(app: &App, lane: Lane) -> Value {
+    let mut check = app.lane_report(lane);
+    check["broker"] = app.broker_report(lane).await;
+    for (name, value) in app.monitor.traffic(lane) {
+        check[name] = value;
     }
-    if let Some(why) = report.why {
+    check["status"] = match app.bridge.canary.standing(lane) {
+        Standing::Up => "pass",
+        Standing::Degraded => "warn",
+        Standing::Down => "fail",
+    }
+    .into();
+    check["componentType"] = "component".into();
+    check["componentId"] = app.backend(lane).into();
+    check["time"] = Timestamp::now().to_string().into();
+    check["observedValue"] = check["probe"]["last_ms"].as_f64().map(|millis| millis / 1000.0).into();
+    check["observedUnit"] = "s".into();
+    if let Some(why) = check["why"].as_str() {
         check["output"] = why.into();
-    }
-    if lane == Lane::Durable {
-        check["outage"] = app.outage();
     }
     check
 }
@@ -156,16 +158,5 @@ async fn delete_group(
 }
 
 async fn connections(State(app): State<Arc<App>>) -> Json<Value> {
-    let connections: Vec<_> = app
-        .roster
-        .sessions()
-        .iter()
-        .map(|session| {
-            json!({
-                "connection": session.id.to_string(), "client_id": session.client_id.get(),
-                "since": session.since.to_string(), "deliveries": session.deliveries.len(),
-            })
-        })
-        .collect();
-    Json(json!({ "connections": connections }))
+    Json(json!({ "connections": app.connections(usize::MAX) }))
 }

@@ -7,7 +7,9 @@
 mod accept;
 mod admin;
 pub mod app;
+mod brokers;
 mod gateway;
+mod monitor;
 mod rest;
 mod socket;
 
@@ -31,6 +33,7 @@ use crate::lane::journal::JournalError;
 use crate::policy::Reloader;
 use crate::telemetry::metrics::Metrics;
 use app::App;
+use monitor::Monitor;
 
 /// Over how much time clients are asked to come back, so that they do not come all at once.
 const RECONNECT_SPREAD: Duration = Duration::from_secs(5);
@@ -97,9 +100,9 @@ impl Running {
         };
         let (public, listen) = bind(settings.server.listen, "listen").await?;
         let (operators, admin) = bind(settings.server.admin, "admin").await?;
-        let app = Arc::new(App::new(bridge, reloader, settings));
+        let app = Arc::new(App::new(bridge, reloader, settings, listen));
         let (stop, stop_admin, tasks) =
-            (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+            (CancellationToken::new(), app.stop_admin.clone(), TaskTracker::new());
         let router =
             gateway::routes().merge(rest::routes()).layer(DefaultBodyLimit::max(app.session.max_message));
         let timeout = app.session.handshake_timeout;
@@ -122,6 +125,8 @@ impl Running {
         tasks.spawn(async move { _ = until.run_until_cancelled(bridge.canary.run()).await });
         let (outage, until) = (app.bridge.outage.clone(), stop_admin.clone());
         tasks.spawn(async move { _ = until.run_until_cancelled(outage.run()).await });
+        let (watched, until) = (app.clone(), stop_admin.clone());
+        tasks.spawn(async move { _ = until.run_until_cancelled(Monitor::run(watched)).await });
         tasks.spawn(app.reloader.clone().watch(stop_admin.clone()));
         Ok(Self { listen, admin, app, stop, stop_admin, tasks })
     }

@@ -9,6 +9,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+use super::traffic::{self, Traffic};
 use crate::filter::Verdict;
 use crate::message::{Lane, Timestamp};
 use crate::wire::code::{Close, Code};
@@ -281,6 +282,26 @@ impl Metrics {
         // Writing to memory fails only on a metric family without metrics, which the registry never gathers.
         let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
         String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// What went over a lane up to now.
+    pub fn traffic(&self, lane: Lane) -> Traffic {
+        let lane = lane.as_str();
+        let messages = |direction: &str, is_taken: bool| {
+            traffic::sum(&self.messages_total, lane, |name, value| match name {
+                "direction" => value == direction,
+                "outcome" => is_taken == ["ok", "spooled", "duplicate"].contains(&value),
+                _ => true,
+            })
+        };
+        Traffic {
+            taken: messages("in", true),
+            refused: messages("in", false),
+            written: messages("out", true),
+            dropped: traffic::sum(&self.dropped_total, lane, |_, _| true),
+            publish: traffic::latency(&self.publish_duration, lane),
+            delivery: traffic::latency(&self.delivery_duration, lane),
+        }
     }
 
     pub fn connected(&self, dialect: &str) {

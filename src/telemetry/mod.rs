@@ -1,6 +1,7 @@
 //! Observation: what every layer reports to.
 
 pub mod metrics;
+pub mod traffic;
 
 use std::io::IsTerminal;
 

@@ -309,7 +309,7 @@ async fn a_lane_that_is_up_and_brings_no_heartbeat_back_is_degraded() {
     let check = &health["checks"]["durable:lane"][0];
     assert_eq!((status, &health["status"], &check["status"]), (200, &json!("warn"), &json!("warn")));
     assert!(check["output"].as_str().unwrap().contains("storage is away"), "{check}");
-    assert_eq!(check["heartbeats"]["missing"], check["heartbeats"]["count"]);
+    assert_eq!(check["probe"]["missing"], check["probe"]["count"]);
     assert_eq!(span.metric(r#"twinspan_lane_state{lane="durable"}"#), 1.0);
     assert_eq!(span.metric(r#"twinspan_lane_up{lane="durable"}"#), 1.0, "it takes what it is given");
     assert!(span.metric(r#"twinspan_probe_failures_total{lane="durable"}"#) >= 3.0);

@@ -28,6 +28,7 @@ mod joining;
 mod journal;
 mod killed;
 mod live;
+mod monitoring;
 mod natives;
 mod nats_natives;
 mod nats_outages;

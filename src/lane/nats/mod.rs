@@ -20,6 +20,7 @@ mod events;
 mod inbox;
 mod keeper;
 mod link;
+mod monitor;
 mod refusals;
 mod retain;
 mod seen;
@@ -42,11 +43,12 @@ use self::claim::{Claim, Placed};
 use self::events::Events;
 use self::inbox::Waiters;
 use self::link::Link;
+use self::monitor::Monitor;
 use self::refusals::Refused;
 use self::state::{DEADLINE, State};
 use self::upstream::Want;
 use self::upstreams::Upstreams;
-use super::contract::{Ear, EphemeralLane, LaneError, LaneState, Listening};
+use super::contract::{BrokerReport, Ear, EphemeralLane, LaneError, LaneState, Listening};
 use super::headers;
 use super::settings::EphemeralSettings;
 use crate::message::{Envelope, Message, ReplyTo};
@@ -63,6 +65,7 @@ pub struct Nats {
     link: Arc<Link>,
     upstreams: Arc<Upstreams>,
     state: Arc<State>,
+    monitor: Monitor,
     /// Ends the connection's thread and all that runs on it.
     stop: CancellationToken,
     _retain: AbortOnDropHandle<()>,
@@ -78,6 +81,7 @@ impl Nats {
     ) -> Result<Arc<Self>, OpenError> {
         let servers = connect::servers(&settings.url)?;
         let options = connect::options(settings)?;
+        let monitor = Monitor::new(&settings.monitor_url)?;
         let stop = CancellationToken::new();
         let state = Arc::new(State::new(&settings.url));
         let upstreams = Arc::new(Upstreams::new(policy.clone(), settings.history_bytes, metrics));
@@ -99,7 +103,7 @@ impl Nats {
         thread.spawn(keeper::run(link.clone(), upstreams.clone(), state.clone()));
         let retain = retain::run(policy.clone(), link.clone(), upstreams.clone(), state.clone());
         let _retain = AbortOnDropHandle::new(tokio::spawn(retain));
-        Ok(Arc::new(Self { policy, link, upstreams, state, stop, _retain }))
+        Ok(Arc::new(Self { policy, link, upstreams, state, monitor, stop, _retain }))
     }
 
     /// How many requests wait for their reply.
@@ -192,6 +196,10 @@ impl EphemeralLane for Nats {
         let begun = Instant::now();
         self.link.echo().await?;
         Ok(begun.elapsed())
+    }
+
+    async fn broker(&self) -> Option<BrokerReport> {
+        Some(self.monitor.report().await)
     }
 
     fn state(&self) -> watch::Receiver<LaneState> {

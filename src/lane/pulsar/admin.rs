@@ -273,6 +273,24 @@ impl Admin {
         }
     }
 
+    /// The version of the broker that answers.
+    pub async fn version(&self) -> Result<String, LaneError> {
+        self.text(self.url(["brokers", "version"])?).await
+    }
+
+    /// The metrics of the broker that answers, as Prometheus reads them.
+    pub async fn metrics(&self) -> Result<String, LaneError> {
+        let mut url = self.base.clone();
+        // Without the slash at its end it is a redirect.
+        url.set_path("/metrics/");
+        self.text(url).await
+    }
+
+    async fn text(&self, url: Url) -> Result<String, LaneError> {
+        let response = self.send(Method::GET, url, |request| request).await?;
+        succeeded(response).await?.text().await.map_err(lost)
+    }
+
     /// The place of the first message that was published at a time or later; `None` where none was.
     pub async fn at_time(&self, topic: &Physical, time: Timestamp) -> Result<Option<Place>, LaneError> {
         let url = self.topic(topic, &["messageid", &time.as_millis().max(0).to_string()])?;

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::contract::{
-    DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
+    BrokerReport, DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
 };
 use super::settings::DurableSettings;
 use super::tail::Tail;
@@ -49,6 +49,7 @@ mod groups;
 mod health;
 mod heartbeat;
 mod held;
+mod monitor;
 mod names;
 mod newer;
 mod passed_over;
@@ -259,6 +260,10 @@ impl DurableLane for PulsarLane {
 
     async fn probe(&self) -> Result<Duration, LaneError> {
         self.heartbeat.round_trip(PROBE_TIMEOUT).await
+    }
+
+    async fn broker(&self) -> Option<BrokerReport> {
+        Some(monitor::report(&self.admin).await)
     }
 
     fn state(&self) -> watch::Receiver<LaneState> {

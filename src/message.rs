@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use uuid::Uuid;
@@ -299,10 +299,17 @@ pub struct Envelope {
     pub stored: Option<Stored>,
     /// On a request.
     pub reply_to: Option<ReplyTo>,
+    /// When the lane brought it, of one in so many.
+    pub brought: Option<Instant>,
     /// The event as `wire` encoded it: whoever needs it first makes it, the others share it.
     encoded: OnceLock<Bytes>,
     /// What filters found, by their number: whoever needs it first looks, the others share it.
     verdicts: Mutex<Vec<(u64, bool)>>,
+}
+
+/// Of one event in sixteen it is timed what becomes of it: for each it would cost more than it tells.
+fn timed() -> Option<Instant> {
+    (fastrand::u8(..16) == 0).then(Instant::now)
 }
 
 /// Where a stored message stands.
@@ -323,6 +330,7 @@ impl Envelope {
             message,
             stored: None,
             reply_to,
+            brought: timed(),
             encoded: OnceLock::new(),
             verdicts: Mutex::default(),
         }
@@ -336,6 +344,7 @@ impl Envelope {
             message,
             stored: Some(stored),
             reply_to: None,
+            brought: timed(),
             encoded: OnceLock::new(),
             verdicts: Mutex::default(),
         }

@@ -31,7 +31,7 @@ use crate::message::{
 };
 use crate::policy::Policy;
 use crate::policy::table::{Declare, OnOutage, Route};
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::{Metrics, Stage};
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{Group, Status};
@@ -145,8 +145,15 @@ impl Bridge {
         Ok(route.lane)
     }
 
-    /// Returns once the message has its place in the order of its topic.
-    pub async fn publish(&self, topic: &Topic, draft: Draft, publisher: Publisher) -> Result<Outcome, Fault> {
+    /// Returns once the message has its place in the order of its topic. Where it is told when its frame came, the
+    /// stages of its way are timed.
+    pub async fn publish(
+        &self,
+        topic: &Topic,
+        draft: Draft,
+        publisher: Publisher,
+        heard: Option<Instant>,
+    ) -> Result<Outcome, Fault> {
         let begun = Instant::now();
         let route = self.route(topic)?;
         let bytes = draft.payload.len();
@@ -164,9 +171,14 @@ impl Bridge {
         let published = move |status, position| Published { status, lane: lanes, id, position, ts };
         match lane {
             Lane::Ephemeral => {
+                let handed = heard.map(|heard| self.handed(lane, heard, begun));
                 self.ephemeral.publish(&route, topic, message).await.map_err(fault).map_err(refused)?;
                 self.catalog.published(topic);
-                self.metrics.published(lane, &route.name, bytes, begun.elapsed());
+                let done = Instant::now();
+                self.metrics.published(lane, &route.name, bytes, done - begun);
+                if let Some(handed) = handed {
+                    self.metrics.took(lane, Stage::Broker, done - handed);
+                }
                 Ok(Outcome::Known(published(Status::Ok, None)))
             }
             Lane::Durable => {
@@ -184,6 +196,7 @@ impl Bridge {
                         return Ok(Outcome::Known(published(Status::Duplicate, position)));
                     }
                 };
+                let handed = heard.map(|heard| self.handed(lane, heard, begun));
                 let appended = self.outage.append(&route, topic, message, publisher).await;
                 let receipt = ticket.of(appended).map_err(fault).map_err(refused)?;
                 self.catalog.published(topic);
@@ -191,7 +204,11 @@ impl Bridge {
                 Ok(Outcome::Later(Box::pin(async move {
                     match receipt.outcome().await {
                         Ok(Some(position)) => {
-                            metrics.published(lane, &route.name, bytes, begun.elapsed());
+                            let done = Instant::now();
+                            metrics.published(lane, &route.name, bytes, done - begun);
+                            if let Some(handed) = handed {
+                                metrics.took(lane, Stage::Broker, done - handed);
+                            }
                             Ok(published(Status::Ok, Some(position)))
                         }
                         Ok(None) => {
@@ -367,6 +384,14 @@ impl Bridge {
                 else => return,
             }
         }
+    }
+
+    /// A publish whose frame came then and was decoded is handed to its lane now.
+    fn handed(&self, lane: Lane, heard: Instant, decoded: Instant) -> Instant {
+        let now = Instant::now();
+        self.metrics.took(lane, Stage::Read, decoded - heard);
+        self.metrics.took(lane, Stage::Route, now - decoded);
+        now
     }
 
     fn route(&self, topic: &Topic) -> Result<Arc<Route>, Fault> {

@@ -256,7 +256,7 @@ async fn publish(
 ) -> Result<Response, Fault> {
     let topic = topic(&name)?;
     let draft = draft(&app, &headers, body)?;
-    let published = app.bridge.publish(&topic, draft, Publisher::default()).await?.known().await?;
+    let published = app.bridge.publish(&topic, draft, Publisher::default(), None).await?.known().await?;
     let ack = wire::verbs::Ack {
         status: published.status,
         topic: Some(topic.into()),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tokio::time::Instant;
 
 use super::deliveries::{Claimed, Settlement};
 use super::feeds::{ByTopic, Run, discover, find, replay, take_part};
@@ -125,7 +126,9 @@ impl Reader {
     ) -> Result<(), Fault> {
         self.fits(&draft)?;
         let bridge = self.session.bridge.clone();
-        let outcome = self.while_answering(bridge.publish(&topic, draft, Publisher(self.session.id))).await?;
+        let (publisher, heard) = (Publisher(self.session.id), self.heard.take());
+        let publishing = bridge.publish(&topic, draft, publisher, heard.map(Instant::into_std));
+        let outcome = self.while_answering(publishing).await?;
         let failed = request_id.clone();
         let answer = move |published: Published| {
             confirm.then(|| {
@@ -173,13 +176,14 @@ impl Reader {
         let bridge = self.session.bridge.clone();
         let lane = bridge.may_publish(&topic)?;
         let (publisher, max_message) = (Publisher(self.session.id), self.settings.max_message);
+        let mut heard = self.heard.take().map(Instant::into_std);
         let places = async {
             let mut outcomes = Vec::with_capacity(drafts.len());
             let mut ended = None;
             for draft in drafts {
                 let outcome =
                     match (draft.and_then(|draft| fits(&draft, max_message).map(|()| draft)), &ended) {
-                        (Ok(draft), None) => bridge.publish(&topic, draft, publisher).await,
+                        (Ok(draft), None) => bridge.publish(&topic, draft, publisher, heard.take()).await,
                         (Ok(_), Some(fault)) => Err(Fault::clone(fault)),
                         (Err(fault), _) => Err(fault),
                     };

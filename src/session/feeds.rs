@@ -438,7 +438,7 @@ async fn run_replay(subscription: Arc<Subscription>, mut way: Follow, replaying:
 }
 
 async fn bring(session: &Shared, route: &Arc<Route>, event: Event) {
-    let item = Item { event, route: Some(route.clone()), settle: None };
+    let item = Item { event, route: Some(route.clone()), settle: None, since: None };
     session.outbox.push_durable(item).await;
 }
 
@@ -563,6 +563,7 @@ pub async fn take_part(
                                     },
                                     route: Some(route.clone()),
                                     settle: group.auto_ack.then_some(held),
+                                    since: None,
                                 }
                             }
                             Err(error) => Event::Error { request_id: None, fault: fault(error) }.into(),

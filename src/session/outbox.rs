@@ -11,6 +11,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::Notify;
 
@@ -41,11 +42,13 @@ pub struct Item {
     pub route: Option<Arc<Route>>,
     /// To be acknowledged to the group once written.
     pub settle: Option<u64>,
+    /// Since when it waits here, where that is timed.
+    pub since: Option<Instant>,
 }
 
 impl From<Event> for Item {
     fn from(event: Event) -> Self {
-        Item { event, route: None, settle: None }
+        Item { event, route: None, settle: None, since: None }
     }
 }
 
@@ -251,7 +254,7 @@ impl Outbox {
             Slot::Item { item, .. } => Some(item),
             Slot::Gap { pattern, dropped, route } => {
                 let event = Event::Gap { topic: pattern, dropped: Some(dropped), reason: GapReason::Slow };
-                Some(Item { event, route: Some(route), settle: None })
+                Some(Item { event, route: Some(route), settle: None, since: None })
             }
             Slot::Empty => None,
         });
@@ -282,8 +285,9 @@ impl Queue {
         self.slots.is_empty() && self.closing.is_none()
     }
 
-    fn append(&mut self, slot: Slot) -> u64 {
-        if let Slot::Item { item, .. } = &slot {
+    fn append(&mut self, mut slot: Slot) -> u64 {
+        if let Slot::Item { item, .. } = &mut slot {
+            item.since = is_timed(&item.event).then(Instant::now);
             self.bytes += weight(&item.event);
             if let Event::Ack(ack) = &item.event {
                 self.results += ack.results.len();
@@ -414,6 +418,17 @@ fn weight(event: &Event) -> usize {
         | Event::Delivered { envelope, .. } => envelope.weight(),
         Event::Response { message, .. } => message.payload.len() + 128,
         _ => 128,
+    }
+}
+
+/// Whether it is told how long the event took. A replay, or another attempt, was brought long before.
+fn is_timed(event: &Event) -> bool {
+    match event {
+        Event::Live(envelope) | Event::Late(envelope) => envelope.brought.is_some(),
+        Event::Delivered { envelope, delivery, .. } => {
+            envelope.brought.is_some() && delivery.as_ref().is_none_or(|delivery| delivery.attempt == 1)
+        }
+        _ => false,
     }
 }
 

@@ -69,6 +69,8 @@ pub struct Reader {
     /// What this turn has acknowledged so far.
     pub acknowledged: Acknowledged,
     pub listed: Listed,
+    /// When this turn's first frame came, until it is taken: what it publishes is timed.
+    pub heard: Option<Instant>,
     draining: bool,
 }
 
@@ -88,6 +90,7 @@ impl Reader {
             pending: Pending::new(),
             acknowledged: Acknowledged::default(),
             listed: Listed::default(),
+            heard: None,
             draining: false,
         }
     }
@@ -140,6 +143,7 @@ impl Reader {
                 }
                 frame = next, if has_room => {
                     heard = Instant::now();
+                    self.heard = Some(heard);
                     let turn = self.turn(frame).await;
                     self.acknowledge();
                     if let ControlFlow::Break(close) = turn {
@@ -161,7 +165,10 @@ impl Reader {
         let mut frame = first;
         for more in (0..TURN).rev() {
             match frame {
-                Some(Ok(Message::Text(text))) => self.frame(text.into()).await,
+                Some(Ok(Message::Text(text))) => {
+                    self.frame(text.into()).await;
+                    self.heard = None;
+                }
                 Some(Ok(Message::Binary(_))) => return ControlFlow::Break(Some(Close::Binary)),
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                 Some(Ok(Message::Close(_))) => {

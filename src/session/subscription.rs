@@ -192,7 +192,7 @@ impl Subscription {
     /// An event of the history.
     pub fn replayed(&self, route: &Arc<Route>, envelope: Arc<Envelope>) -> Item {
         let event = Event::Replayed { envelope, subscription: self.pattern.clone() };
-        Item { event, route: Some(route.clone()), settle: None }
+        Item { event, route: Some(route.clone()), settle: None, since: None }
     }
 
     fn pass(&self, route: &Arc<Route>, envelope: &Arc<Envelope>) {
@@ -205,7 +205,7 @@ impl Subscription {
                 Event::Delivered { envelope: envelope.clone(), group: group.clone(), delivery: None }
             }
         };
-        let item = Item { event, route: Some(route.clone()), settle: None };
+        let item = Item { event, route: Some(route.clone()), settle: None, since: None };
         for of in self.session.outbox.push_ephemeral(self.no, &self.pattern, item) {
             self.session.bridge.metrics.dropped(Lane::Ephemeral, &of.name, "slow", 1);
         }
@@ -259,6 +259,6 @@ impl Ear for Subscription {
         let gap = Event::Gap { topic: self.pattern.clone(), dropped: None, reason: GapReason::Outage };
         let table = self.session.bridge.policy.table();
         let route = table.overlapping(&self.pattern).find(|route| !route.lane.takes(Lane::Durable)).cloned();
-        self.session.outbox.push(Item { event: gap, route, settle: None });
+        self.session.outbox.push(Item { event: gap, route, settle: None, since: None });
     }
 }

@@ -15,6 +15,7 @@ use super::outbox::{self, Item};
 use super::settings::SessionSettings;
 use super::shared::Shared;
 use crate::message::{Lane, Timestamp};
+use crate::telemetry::metrics::Stage;
 use crate::wire::code::{Close, Code, Fault};
 use crate::wire::verbs::{Codec, Event};
 
@@ -151,6 +152,10 @@ fn told(session: &Arc<Shared>, items: Vec<Item>) {
                 run.bytes += envelope.message.payload.len();
                 let age = now.as_millis() - envelope.message.ts.as_millis();
                 run.ages.push(Duration::from_millis(age.max(0) as u64));
+                if let (Some(brought), Some(since)) = (envelope.brought, item.since) {
+                    metrics.took(envelope.lane, Stage::FanOut, since - brought);
+                    metrics.took(envelope.lane, Stage::Write, since.elapsed());
+                }
             }
             _ => {}
         }

@@ -20,6 +20,36 @@ const LATENCY_BUCKETS: [f64; 17] = [
     5.0, 10.0,
 ];
 const DEPTH_BUCKETS: [f64; 9] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0];
+const BATCH_BUCKETS: [f64; 11] = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0];
+
+/// Where the time of a message goes, in the order of its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// From its frame received to its frame decoded.
+    Read,
+    /// Until it is handed to its lane: the policy, the schema, the ids of before.
+    Route,
+    /// Until the lane's receipt.
+    Broker,
+    /// From the lane bringing it to its place among what waits for one client.
+    FanOut,
+    /// Until it is written to that client's socket.
+    Write,
+}
+
+impl Stage {
+    const ALL: [Stage; 5] = [Stage::Read, Stage::Route, Stage::Broker, Stage::FanOut, Stage::Write];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Stage::Read => "read",
+            Stage::Route => "route",
+            Stage::Broker => "broker",
+            Stage::FanOut => "fan-out",
+            Stage::Write => "write",
+        }
+    }
+}
 
 pub struct Metrics {
     registry: Registry,
@@ -32,6 +62,8 @@ pub struct Metrics {
     publish_duration: HistogramVec,
     delivery_duration: HistogramVec,
     request_duration: HistogramVec,
+    /// By lane, then by stage: looked up here once, not with every message.
+    stages: [[Histogram; Stage::ALL.len()]; Lane::ALL.len()],
     probe_duration: HistogramVec,
     probe_failures_total: IntCounterVec,
     lane_up: IntGaugeVec,
@@ -39,6 +71,7 @@ pub struct Metrics {
     breaker_state: IntGaugeVec,
     spool_messages: IntGauge,
     spool_bytes: IntGauge,
+    spool_max_bytes: IntGauge,
     spool_oldest_age: Gauge,
     spool_set_aside: IntGauge,
     spool_drained_total: IntCounter,
@@ -54,6 +87,7 @@ pub struct Metrics {
     topic_listings_total: IntCounter,
     remembered_ids: IntGauge,
     forgotten_ids_total: IntCounter,
+    batch_messages: HistogramVec,
     queue_depth: Histogram,
     errors_total: IntCounterVec,
     reload_success: IntGauge,
@@ -64,6 +98,12 @@ impl Metrics {
     /// One process may hold several of these (the tests do): each has a registry of its own.
     pub fn new() -> Self {
         let registry = Registry::new();
+        let stages = latency(
+            &registry,
+            "stage_seconds",
+            "Where the time of a message goes, of a sample: a publish of each turn that a connection is read in, and one event in sixteen.",
+            &["lane", "stage"],
+        );
         let made = Metrics {
             connections: gauges(&registry, "connections", "Open client connections.", &["dialect"]),
             connections_total: counters(
@@ -104,6 +144,9 @@ impl Metrics {
                 "From request to response.",
                 &["route"],
             ),
+            stages: Lane::ALL.map(|lane| {
+                Stage::ALL.map(|stage| stages.with_label_values(&[lane.as_str(), stage.as_str()]))
+            }),
             probe_duration: latency(
                 &registry,
                 "probe_duration_seconds",
@@ -137,6 +180,10 @@ impl Metrics {
                     "spool_bytes",
                     "What they take, and what was set aside: what lanes.durable.spool_max bounds.",
                 )),
+            ),
+            spool_max_bytes: registered(
+                &registry,
+                IntGauge::with_opts(opts("spool_max_bytes", "lanes.durable.spool_max.")),
             ),
             spool_oldest_age: registered(
                 &registry,
@@ -226,6 +273,13 @@ impl Metrics {
                     "forgotten_ids_total",
                     "Ids that were forgotten before their dedup_window was over, because there were too many.",
                 )),
+            ),
+            batch_messages: histogram(
+                &registry,
+                "batch_messages",
+                "Messages in one entry to Pulsar.",
+                &["route"],
+                BATCH_BUCKETS.to_vec(),
             ),
             queue_depth: registered(
                 &registry,
@@ -368,6 +422,14 @@ impl Metrics {
         self.request_duration.with_label_values(&[route]).observe(elapsed.as_secs_f64());
     }
 
+    pub fn took(&self, lane: Lane, stage: Stage, elapsed: Duration) {
+        self.stages[lane as usize][stage as usize].observe(elapsed.as_secs_f64());
+    }
+
+    pub fn batched(&self, route: &str, messages: u64) {
+        self.batch_messages.with_label_values(&[route]).observe(messages as f64);
+    }
+
     pub fn probed(&self, lane: Lane, elapsed: Duration) {
         self.probe_duration.with_label_values(&[lane.as_str()]).observe(elapsed.as_secs_f64());
     }
@@ -401,6 +463,10 @@ impl Metrics {
         self.spool_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
         self.spool_oldest_age.set(oldest_age.as_secs_f64());
         self.spool_set_aside.set(i64::try_from(set_aside).unwrap_or(i64::MAX));
+    }
+
+    pub fn spool_is_bounded(&self, bytes: u64) {
+        self.spool_max_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
 
     pub fn breaker_is(&self, lane: Lane, state: i64) {

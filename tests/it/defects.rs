@@ -326,8 +326,11 @@ async fn an_event_that_is_larger_than_a_frame_may_be_is_named_and_the_next_one_c
         client.subscribe(topic, nothing()).await.unwrap();
         // As a broker's own client would: not held to what a connection of ours may publish.
         let publish = async |payload: String| {
-            let outcome =
-                span.app().bridge.publish(&Topic::parse(topic).unwrap(), draft(payload), Publisher(1)).await;
+            let outcome = span
+                .app()
+                .bridge
+                .publish(&Topic::parse(topic).unwrap(), draft(payload), Publisher(1), None)
+                .await;
             outcome.unwrap().known().await.unwrap()
         };
         publish(json!("x".repeat(64 * 1024)).to_string()).await;

@@ -29,6 +29,7 @@ mod journal;
 mod killed;
 mod live;
 mod monitoring;
+mod metrics;
 mod natives;
 mod nats_natives;
 mod nats_outages;

@@ -125,7 +125,7 @@ fn item(route: Option<&Arc<Route>>, name: &str, n: u64, bytes: usize) -> (Item, 
         envelope.lane = Lane::Durable;
     }
     let bytes = envelope.weight();
-    (Item { event: Event::Live(Arc::new(envelope)), route: route.cloned(), settle: None }, bytes)
+    (Item { event: Event::Live(Arc::new(envelope)), route: route.cloned(), settle: None, since: None }, bytes)
 }
 
 fn number(item: &Item) -> Option<(&str, u64)> {

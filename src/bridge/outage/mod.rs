@@ -82,6 +82,7 @@ impl Outage {
         metrics: Arc<Metrics>,
     ) -> Result<Self, JournalError> {
         let (state, timeout) = (lane.state(), settings.publish_timeout);
+        metrics.spool_is_bounded(settings.spool_max as u64);
         let outage = Self(Arc::new(Shared {
             breaker: Breaker::new(state.clone(), timeout),
             spool: Spool::new(data_dir, settings.spool_max as u64, timeout, metrics.clone()),

@@ -23,12 +23,13 @@ use super::batch::{Stored, Ticket};
 use super::cluster::Cluster;
 use super::fault::Fault;
 use super::names::{self, Physical};
-use super::producer::{Common, Options, Producer};
+use super::producer::{Common, Producer};
 use super::record;
 use super::room::Room;
 use crate::lane::contract::{LaneError, LaneState, Publisher, durable_down};
 use crate::message::{Message, Place, Position, Timestamp};
 use crate::policy::table::Route;
+use crate::telemetry::metrics::Metrics;
 use crate::topic::Topic;
 
 /// Messages of one topic that have no receipt yet, and their bytes. Publishers wait while it is full.
@@ -67,10 +68,11 @@ impl Producers {
         cluster: Arc<Cluster>,
         state: watch::Receiver<LaneState>,
         timeout: Duration,
+        metrics: Arc<Metrics>,
         stop: CancellationToken,
     ) -> Arc<Self> {
         let room = Room::new(ALL.0, ALL.1);
-        let common = Common { cluster, room, timeout, runtime: Handle::current(), stop };
+        let common = Common { cluster, room, timeout, metrics, runtime: Handle::current(), stop };
         let producers = Arc::new(Self {
             lines: Mutex::default(),
             ways: RwLock::default(),
@@ -128,18 +130,17 @@ impl Producers {
     ) -> Result<(Arc<Producer>, Option<u32>), LaneError> {
         let physical = Physical::of(route, topic)?;
         let partitions = self.common.cluster.partitions(&physical).await.map_err(Fault::on_lane)?;
-        let options = Options { compression: route.compression, schema: route.pulsar_schema };
         if partitions > 0 {
             let partition = match &message.key {
                 Some(key) => names::partition_of(key, partitions),
                 None => (publisher.0.wrapping_add(self.keyless) % u64::from(partitions)) as u32,
             };
             let producer = self.line(&physical.partition(partition), false).await;
-            producer.set(options);
+            producer.set(route);
             return Ok((producer, Some(partition)));
         }
         let producer = self.line(&physical, false).await;
-        producer.set(options);
+        producer.set(route);
         let way = Way { route: route.clone(), producer: producer.clone(), found: now };
         let mut ways = self.ways.write().unwrap_or_else(PoisonError::into_inner);
         if ways.len() >= WAYS_MAX {

@@ -133,8 +133,13 @@ impl PulsarLane {
         let (states, state) =
             watch::channel(LaneState::Down(format!("connecting to {}", settings.url.join(", "))));
         let publishing = Arc::new(Cluster::new(services.clone(), credentials.clone()));
-        let producers =
-            Producers::new(publishing.clone(), state.clone(), settings.publish_timeout, stop.child_token());
+        let producers = Producers::new(
+            publishing.clone(),
+            state.clone(),
+            settings.publish_timeout,
+            metrics.clone(),
+            stop.child_token(),
+        );
         let cluster = Arc::new(Cluster::new(services, credentials));
         let heartbeat = Arc::new(Heartbeat::new(policy.clone(), producers.clone(), cluster.clone()));
         let topics = Arc::new(Topics::new(policy.clone(), cluster.clone(), metrics));

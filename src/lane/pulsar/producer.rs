@@ -36,7 +36,8 @@ use super::room::Room;
 use super::session::{Outlet, Pieces, Session};
 use crate::lane::contract::LaneError;
 use crate::message::{Message, Place, Timestamp};
-use crate::policy::table::{Compression, PulsarSchema};
+use crate::policy::table::{Compression, PulsarSchema, Route};
+use crate::telemetry::metrics::Metrics;
 
 /// Entries without a receipt, so that batches grow meanwhile: fewer leave the wire idle, more make the batches small.
 const IN_FLIGHT: usize = 8;
@@ -60,6 +61,7 @@ pub struct Common {
     pub cluster: Arc<Cluster>,
     pub room: Room,
     pub timeout: Duration,
+    pub metrics: Arc<Metrics>,
     /// Tasks may begin where no runtime is current.
     pub runtime: Handle,
     pub stop: CancellationToken,
@@ -67,13 +69,15 @@ pub struct Common {
 
 /// What a route says of its producers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Options {
-    pub compression: Compression,
-    pub schema: PulsarSchema,
+struct Options {
+    compression: Compression,
+    schema: PulsarSchema,
 }
 
 struct State {
     options: Options,
+    /// Its name, for the metrics; the canary has none.
+    route: Option<Arc<str>>,
     queue: Queue,
     /// In the order of their numbers, which is the order in which they are stored.
     in_flight: VecDeque<Sealed>,
@@ -120,6 +124,7 @@ impl Producer {
     pub fn new(id: u64, physical: Physical, is_canary: bool, room: Room, common: Arc<Common>) -> Arc<Self> {
         let state = State {
             options: Options::default(),
+            route: None,
             queue: Queue::new(common.cluster.message_bytes_max()),
             in_flight: VecDeque::with_capacity(IN_FLIGHT),
             sent: 0,
@@ -143,8 +148,10 @@ impl Producer {
     }
 
     /// From now on. What is attached with another schema is attached anew.
-    pub fn set(self: &Arc<Self>, options: Options) {
+    pub fn set(self: &Arc<Self>, route: &Route) {
+        let options = Options { compression: route.compression, schema: route.pulsar_schema };
         let mut state = self.state();
+        state.route = Some(route.name.clone());
         let was = std::mem::replace(&mut state.options, options);
         if was.schema != options.schema {
             self.let_go(&mut state);
@@ -485,7 +492,7 @@ impl Outlet for Producer {
                 if !state.may_send_more(self.room.taken()) {
                     return;
                 }
-                let State { options, queue, name, schema_version, next, in_flight, .. } = &mut *state;
+                let State { options, route, queue, name, schema_version, next, in_flight, .. } = &mut *state;
                 let seal = Seal {
                     producer_id: self.id,
                     producer_name: name.as_deref().unwrap_or_default(),
@@ -494,6 +501,9 @@ impl Outlet for Producer {
                     now: Timestamp::now(),
                 };
                 let Some(sealed) = queue.take(&seal, *next) else { return };
+                if let Some(route) = route {
+                    self.common.metrics.batched(route, sealed.highest + 1 - sealed.sequence);
+                }
                 *next = sealed.highest + 1;
                 in_flight.push_back(sealed);
             }

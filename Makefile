@@ -1,7 +1,7 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 
-# real: the tests start a nats-server and a Pulsar and use them too. none: the embedded lanes alone.
+# real: the tests start a nats-server, a Pulsar and a Prometheus and use them too. none: the embedded lanes alone.
 BROKERS ?= real
 
 compose := docker compose -f docker-compose.stack.yml
@@ -38,7 +38,7 @@ check: ## checks format, lints and the rules for dependencies
 test: ## runs all tests, on the embedded lanes and on real brokers (BROKERS=none leaves those out)
 	@dev/brokers install $(if $(filter none,$(BROKERS)),protoc)
 	TEST_BROKERS=$(BROKERS) cargo test
-	@if [ $(BROKERS) = none ]; then echo 'Not run, because BROKERS=none: the tests on a real nats-server and a real Pulsar.'; fi
+	@if [ $(BROKERS) = none ]; then echo 'Not run, because BROKERS=none: the tests on a real nats-server, Pulsar and Prometheus.'; fi
 
 soak: ## runs all tests with their long rounds
 	@dev/brokers install

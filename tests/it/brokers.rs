@@ -1,4 +1,4 @@
-//! Real brokers for the tests, started by `dev/brokers` on free ports, each in a directory of its own.
+//! Real brokers for the tests, and what else they need of `dev/brokers`: on free ports, each in a directory of its own.
 //!
 //! ```text
 //! test ──▶ keeper thread ──spawns──▶ dev/brokers exec nats … ──becomes──▶ nats-server
@@ -117,18 +117,18 @@ pub async fn shared_pulsar() -> &'static Broker {
 impl Broker {
     pub async fn nats(options: &Options) -> Self {
         static INSTALLED: OnceCell<()> = OnceCell::const_new();
-        INSTALLED.get_or_init(|| install(Kind::Nats)).await;
+        INSTALLED.get_or_init(|| install(Kind::Nats.name())).await;
         Self::start(Kind::Nats, options).await
     }
 
     pub async fn pulsar(options: &Options) -> Self {
-        INSTALLED_PULSAR.get_or_init(|| install(Kind::Pulsar)).await;
+        INSTALLED_PULSAR.get_or_init(|| install(Kind::Pulsar.name())).await;
         Self::start(Kind::Pulsar, options).await
     }
 
     /// Two of one cluster, and what they keep everything in. The first leads: it says who serves what nobody serves.
     pub async fn pulsar_cluster() -> ([Self; 2], Storage) {
-        INSTALLED_PULSAR.get_or_init(|| install(Kind::Pulsar)).await;
+        INSTALLED_PULSAR.get_or_init(|| install(Kind::Pulsar.name())).await;
         let storage = Storage::start().await;
         let set = [
             // Else a broker that was killed is missed only after half a minute.
@@ -323,22 +323,21 @@ impl Drop for Storage {
 }
 
 /// Different ones: both are held while they are chosen.
-fn free_ports() -> [u16; 2] {
+pub fn free_ports() -> [u16; 2] {
     let free = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
     free.map(|listener| listener.local_addr().unwrap().port())
 }
 
-fn script() -> Command {
+pub fn script() -> Command {
     Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/brokers"))
 }
 
-async fn install(kind: Kind) {
-    let install = move || script().args(["install", kind.name()]).stdin(Stdio::null()).output();
+pub async fn install(what: &'static str) {
+    let install = move || script().args(["install", what]).stdin(Stdio::null()).output();
     let output = tokio::task::spawn_blocking(install).await.unwrap().expect("dev/brokers can be run");
     assert!(
         output.status.success(),
-        "dev/brokers install {}:\n{}{}",
-        kind.name(),
+        "dev/brokers install {what}:\n{}{}",
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
     );
@@ -366,7 +365,8 @@ fn spawn(kind: Kind, port: u16, http_port: u16, dir: &Path, options: &Options) -
     logged(command, dir)
 }
 
-fn logged(mut command: Command, dir: &Path) -> Child {
+/// A process that dies with this one, and says what it says in the directory's `log`.
+pub fn logged(mut command: Command, dir: &Path) -> Child {
     let log = File::options().create(true).append(true).open(dir.join("log")).unwrap();
     command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
     keeper(command).expect("dev/brokers can be run")

@@ -35,6 +35,7 @@ mod nats_natives;
 mod nats_outages;
 mod nats_refusals;
 mod nats_subscriptions;
+mod observe;
 mod outages;
 mod outbox;
 mod pulsar;

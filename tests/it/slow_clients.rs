@@ -17,14 +17,14 @@ on_both_kinds! {
 }
 
 /// A client that reads only when it is told to, with next to no room in its socket.
-async fn unread(span: &Span) -> WebSocketStream<TcpStream> {
+pub async fn unread(span: &Span) -> WebSocketStream<TcpStream> {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
     let stream = socket.connect(span.running.listen).await.unwrap();
     tokio_tungstenite::client_async(span.url(), stream).await.unwrap().0
 }
 
-async fn hear(socket: &mut WebSocketStream<TcpStream>) -> Value {
+pub async fn hear(socket: &mut WebSocketStream<TcpStream>) -> Value {
     loop {
         match soon(socket.next()).await.expect("open").expect("whole") {
             Message::Text(text) => return serde_json::from_str(&text).unwrap(),

@@ -1,5 +1,6 @@
 //! A nats-server that dies, freezes or cannot be reached: noticed within three seconds, and over when it is over.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,6 +9,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use twinspan::lane::contract::{EphemeralLane, LaneError};
 use twinspan::lane::nats::Nats;
@@ -124,6 +127,68 @@ async fn a_server_that_cannot_be_reached_is_noticed_and_its_return_heals_everyth
     survives(lane, &mut way, async |way| way.hold(), heal).await;
 }
 
+/// What was accepted may be lost with the server; it is never delivered twice, and what was refused never at all.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_what_is_published_while_a_server_is_killed_nothing_comes_twice_and_nothing_that_was_refused() {
+    if left_out() {
+        return;
+    }
+    let mut broker = Broker::nats(&Options::default()).await;
+    let policy = everything();
+    let lane = nats(&settings(broker.url()), &policy).await;
+    let (ear, _listening) = Recorder::listening(&*lane, "load.*").await;
+    let (mut ends, mut publishers) = (Vec::new(), JoinSet::new());
+    for publisher in 0..4 {
+        let (lane, policy, end) = (lane.clone(), policy.clone(), CancellationToken::new());
+        ends.push(end.clone().drop_guard());
+        publishers.spawn(async move {
+            let name = topic(&format!("load.{publisher}"));
+            let route = route(&policy, &name);
+            let (mut accepted, mut refused) = (Vec::new(), Vec::new());
+            for n in 0.. {
+                if end.is_cancelled() {
+                    break;
+                }
+                let payload = format!("{publisher}/{n}");
+                match lane.publish(&route, &name, message(payload.clone())).await {
+                    Ok(()) => accepted.push(payload),
+                    Err(LaneError::Unavailable(_)) => refused.push(payload),
+                    Err(other) => panic!("{other}"),
+                }
+                if n % 50 == 0 {
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            }
+            (accepted, refused)
+        });
+    }
+    for round in 1..=3 {
+        let heard = ear.heard().len();
+        ear.wait(heard + 500).await;
+        broker.kill();
+        is_down(&*lane).await;
+        broker.restart().await;
+        is_up(&*lane).await;
+        println!("round {round}: {} heard before", heard);
+    }
+    drop(ends);
+    let (mut accepted, mut refused) = (HashSet::new(), HashSet::new());
+    while let Some(published) = publishers.join_next().await {
+        let published = published.unwrap();
+        accepted.extend(published.0);
+        refused.extend(published.1);
+    }
+    publish(&*lane, &policy, "load.end", "end").await;
+    ear.wait_for("end").await;
+    let heard = ear.payloads();
+    let each: HashSet<_> = heard.iter().cloned().collect();
+    assert_eq!(each.len(), heard.len(), "each once");
+    let delivered: Vec<_> = refused.intersection(&each).take(9).collect();
+    assert_eq!(delivered, Vec::<&String>::new(), "refused, and delivered, of {}", refused.len());
+    assert!(refused.len() > 100 && accepted.len() > 1500, "{} and {}", refused.len(), accepted.len());
+    println!("{} accepted, {} heard, {} refused", accepted.len(), heard.len(), refused.len());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn publishing_to_a_server_that_just_froze_ends_within_the_deadline() {
     if left_out() {
@@ -147,6 +212,8 @@ async fn publishing_to_a_server_that_just_froze_ends_within_the_deadline() {
         slowest = slowest.max(call.elapsed());
     }
     println!("accepted {accepted}, slowest {slowest:?}");
+    // What the queue, the client library and two sockets hold, and no more however fast it comes.
+    assert!(accepted < 400, "{accepted} messages of 100 kB are under way to a server that takes nothing");
     assert!(slowest < Duration::from_millis(2500), "{slowest:?}");
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     broker.cont();
@@ -223,6 +290,21 @@ async fn a_lane_leaves_a_server_that_is_about_to_end_for_another() {
         }
     };
     let (ear, _listening) = Recorder::listening(&*lane, "a.b").await;
+    let (end, load) = (CancellationToken::new(), lane.clone());
+    let ended = end.clone();
+    let publishing = tokio::spawn(async move {
+        let (name, policy) = (topic("a.load"), everything());
+        let route = route(&policy, &name);
+        let (mut accepted, mut refused) = (0, Vec::new());
+        while !ended.is_cancelled() {
+            match load.publish(&route, &name, message("load")).await {
+                Ok(()) => accepted += 1,
+                Err(error) => refused.push(error),
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        (accepted, refused)
+    });
     let told_at = Instant::now();
     leaving.lame_duck();
     ear.wait_missed(1).await;
@@ -230,6 +312,14 @@ async fn a_lane_leaves_a_server_that_is_about_to_end_for_another() {
     assert!(told_at.elapsed() < Duration::from_secs(5), "{:?}", told_at.elapsed());
     is_up(&*lane).await;
     crosses(&lane, &policy, &[&ear], "after").await;
+    end.cancel();
+    let (accepted, refused) = publishing.await.unwrap();
+    assert!(
+        refused.is_empty(),
+        "publishers notice: {accepted} accepted, {} refused: {:?}",
+        refused.len(),
+        refused[0]
+    );
     let (_, varz) = staying.get("/varz").await.unwrap();
     let varz: serde_json::Value = serde_json::from_str(&varz).unwrap();
     assert_eq!(varz["connections"], 1);

@@ -129,11 +129,12 @@ impl Link {
         let _ = tokio::time::timeout(DEADLINE, self.client.force_reconnect()).await;
     }
 
-    /// The server is about to leave. Where there are others, we go first.
+    /// The server is about to leave. Where there are others, we go first, and publishers notice nothing.
     pub async fn leave(&self) {
         if let Ok(Ok(pool)) = tokio::time::timeout(DEADLINE, self.client.server_pool()).await
             && pool.len() > 1
         {
+            self.state.moves();
             self.reconnect().await;
         }
     }

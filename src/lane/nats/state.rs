@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_nats::Server;
 use tokio::sync::{Notify, watch};
@@ -12,6 +12,8 @@ use crate::lane::contract::{LaneError, LaneState};
 
 /// What one call of the lane may take before it fails.
 pub const DEADLINE: Duration = Duration::from_secs(2);
+/// How long a move to another server may take before the lane is down. What is published meanwhile waits for it.
+const MOVE_DEADLINE: Duration = Duration::from_secs(1);
 
 pub struct State {
     sender: watch::Sender<LaneState>,
@@ -20,6 +22,8 @@ pub struct State {
     complaint: Mutex<Option<String>>,
     wake: Notify,
     lame_duck: AtomicBool,
+    /// Until then there may be no connection: it is left for another.
+    moving_until: Mutex<Option<Instant>>,
     overflowed: AtomicBool,
     closed: AtomicBool,
 }
@@ -33,6 +37,7 @@ impl State {
             complaint: Mutex::default(),
             wake: Notify::new(),
             lame_duck: AtomicBool::default(),
+            moving_until: Mutex::default(),
             overflowed: AtomicBool::default(),
             closed: AtomicBool::default(),
         }
@@ -71,7 +76,7 @@ impl State {
 
     /// The connection is gone. A sentence that says why there is none stays.
     pub fn lost(&self) {
-        if self.sender.borrow().is_up() {
+        if self.sender.borrow().is_up() && !self.is_moving() {
             let said = self.take_complaint().map(|said| format!(" ({said})")).unwrap_or_default();
             self.down(format!("the connection to {} broke{said}; reconnecting", self.servers));
         }
@@ -95,7 +100,7 @@ impl State {
                 })
             })
             .collect();
-        if !reasons.is_empty() {
+        if !reasons.is_empty() && !self.is_moving() {
             self.down(format!("{}; trying again", reasons.join("; ")));
         }
     }
@@ -148,6 +153,17 @@ impl State {
 
     pub fn take_lame_duck(&self) -> bool {
         self.lame_duck.swap(false, Ordering::Relaxed)
+    }
+
+    /// The connection is about to be left for another.
+    pub fn moves(&self) {
+        *self.moving_until.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Instant::now() + MOVE_DEADLINE);
+    }
+
+    fn is_moving(&self) -> bool {
+        let until = *self.moving_until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.is_some_and(|until| Instant::now() < until)
     }
 
     pub fn note_overflow(&self) {

@@ -19,15 +19,6 @@ pub struct Admin {
     credentials: Credentials,
 }
 
-/// Where the n-th newest entry of a partition is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Examined {
-    At(Place),
-    /// The partition holds fewer entries.
-    Fewer,
-    Empty,
-}
-
 #[derive(Deserialize)]
 struct Stats {
     #[serde(default)]
@@ -134,24 +125,24 @@ impl Admin {
         Ok(Self { base, client, credentials })
     }
 
-    /// Where the `n`-th newest entry is, 1 the newest.
-    pub async fn examine(&self, topic: &Physical, n: u32) -> Result<Examined, LaneError> {
+    /// Where the `n`-th newest entry of a partition is, 1 the newest; `None` where it holds fewer.
+    pub async fn examine(&self, topic: &Physical, n: u32) -> Result<Option<Place>, LaneError> {
         let mut url = self.topic(topic, &["examinemessage"])?;
         url.query_pairs_mut()
             .append_pair("initialPosition", "latest")
             .append_pair("messagePosition", &n.to_string());
         let response = self.send(Method::GET, url, |request| request).await?;
         match response.status() {
-            StatusCode::PRECONDITION_FAILED => return Ok(Examined::Empty),
+            StatusCode::PRECONDITION_FAILED | StatusCode::NOT_FOUND => return Ok(None),
             // How the broker says that it counted past the beginning ("code: -14").
-            StatusCode::INTERNAL_SERVER_ERROR => return Ok(Examined::Fewer),
+            StatusCode::INTERNAL_SERVER_ERROR => return Ok(None),
             _ => {}
         }
         let response = succeeded(response).await?;
         let id = response.headers().get("x-pulsar-message-id").and_then(|id| id.to_str().ok());
         let mut parts = id.unwrap_or_default().split(':').map(str::parse);
         match (parts.next(), parts.next()) {
-            (Some(Ok(ledger)), Some(Ok(entry))) => Ok(Examined::At(Place { ledger, entry, index: 0 })),
+            (Some(Ok(ledger)), Some(Ok(entry))) => Ok(Some(Place { ledger, entry, index: 0 })),
             _ => Err(LaneError::Internal("the broker examined a message and did not say where it is".into())),
         }
     }

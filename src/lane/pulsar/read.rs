@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::admin::{Admin, Examined};
+use super::admin::Admin;
 use super::cluster::Cluster;
 use super::fault::Fault;
 use super::feed::{Backoff, Feed, From, newest};
@@ -94,16 +94,21 @@ impl Plan {
     }
 
     pub async fn make(source: &Source, admin: &Admin, start: Start) -> Result<Self, LaneError> {
+        let start = start.for_topic(&source.topic);
+        if let Start::Last(n) = start {
+            return Self::last(source, admin, n).await;
+        }
         let newest = source.newest().await.map_err(Fault::on_lane)?;
-        match start.for_topic(&source.topic) {
+        match start {
             Start::Earliest => Ok(Self::after(source, BTreeMap::new(), newest)),
             Start::Time(time) => {
                 let vector = Vector::new(source, BTreeMap::new(), time);
                 Self { from: BTreeMap::new(), newest, vector }.others_from(source, time).await
             }
             Start::After(position) => Self::resume(source, position, newest).await,
-            Start::Last(n) => Self::last(source, admin, n, newest).await,
-            Start::Latest | Start::Resume { .. } => Ok(Self::after(source, newest.clone(), newest)),
+            Start::Latest | Start::Last(_) | Start::Resume { .. } => {
+                Ok(Self::after(source, newest.clone(), newest))
+            }
         }
     }
 
@@ -146,16 +151,18 @@ impl Plan {
 
     /// The newest n messages. The broker counts entries and an entry may be a batch, so they are looked through first:
     /// only their places are kept, and what is then read is read as ever.
-    async fn last(
-        source: &Source,
-        admin: &Admin,
-        n: u32,
-        newest: BTreeMap<u32, Place>,
-    ) -> Result<Self, LaneError> {
+    async fn last(source: &Source, admin: &Admin, n: u32) -> Result<Self, LaneError> {
+        let begins = source.parts().into_iter().map(|(number, physical)| async move {
+            let first = if n == 0 { None } else { admin.examine(&physical, n).await? };
+            Ok::<_, LaneError>((number, physical, first.map_or(From::Earliest, From::At)))
+        });
+        let begins = try_join_all(begins).await?;
+        // After that, because what others publish in between would else leave fewer than n up to the end.
+        let newest = source.newest().await.map_err(Fault::on_lane)?;
         let mut plan = Self::after(source, newest.clone(), newest.clone());
-        let looked = source.parts().into_iter().filter_map(|(number, physical)| {
+        let looked = begins.into_iter().filter_map(|(number, physical, from)| {
             let end = *newest.get(&number)?;
-            Some(look_back(source, admin, number, physical, end, n))
+            Some(look_back(source, number, physical, (from, end), n))
         });
         let mut found: Vec<_> = try_join_all(looked).await?.into_iter().flatten().collect();
         // By time over all partitions; within one the order of storage stays.
@@ -185,23 +192,17 @@ struct Seen {
     ts: Timestamp,
 }
 
-/// The newest n messages of one partition up to `end`, oldest first.
+/// The newest n messages of one partition between these places, oldest first.
 async fn look_back(
     source: &Source,
-    admin: &Admin,
     partition: u32,
     physical: Physical,
-    end: Place,
+    (from, end): (From, Place),
     n: u32,
 ) -> Result<Vec<Seen>, LaneError> {
     if n == 0 {
         return Ok(Vec::new());
     }
-    let from = match admin.examine(&physical, n).await? {
-        Examined::At(place) => From::At(place),
-        Examined::Fewer => From::Earliest,
-        Examined::Empty => return Ok(Vec::new()),
-    };
     let looking = async {
         let (cluster, topic) = (source.cluster.clone(), source.topic.clone());
         let mut feed = Feed::open(cluster, topic, partition, physical, (from, Some(end))).await?;

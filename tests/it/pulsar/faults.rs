@@ -17,6 +17,7 @@ use twinspan::message::{GroupMode, Place, Start};
 use super::load::{EACH, Publishers};
 use super::*;
 use crate::brokers::Options;
+use crate::durable_contract::read;
 use crate::proxy::Proxy;
 
 /// How long after a fault everybody may take to deliver again.
@@ -243,6 +244,18 @@ async fn a_fault_of_network_or_topic_loses_nothing_keeps_the_order_and_heals_wit
     let (broker, proxy) = Proxy::pulsar(options).await;
     let bed = || behind(&broker, &proxy);
 
+    under_load(bed().await, "nothing but new ledgers", false, async |bed| {
+        let begun = read(&*bed.lane, &bed.route, &bed.topic, Start::Last(1)).await;
+        let first = place(&begun[0]).ledger;
+        let mut seen = BTreeSet::new();
+        while seen.len() < 20 {
+            let newest = read(&*bed.lane, &bed.route, &bed.topic, Start::Last(1)).await;
+            seen.insert(place(&newest[0]).ledger);
+        }
+        assert!(seen.last() > Some(&first), "the topic begins one ledger after the other: {seen:?}");
+        assert!(bed.lane.state().borrow().is_up());
+    })
+    .await;
     under_load(bed().await, "cut every 200 ms", false, async |_| {
         let cutting = proxy.cut_every(Duration::from_millis(200));
         tokio::time::sleep(Duration::from_secs(4)).await;

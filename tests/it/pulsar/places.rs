@@ -7,6 +7,7 @@ use twinspan::lane::contract::{GroupReport, Joining, LaneError, Publisher};
 use twinspan::message::{Draft, GroupMode, Start};
 use twinspan::topic::Pattern;
 
+use super::load::Publishers;
 use super::*;
 use crate::durable_contract::{backlog, hear, numbers, read, shared};
 
@@ -25,6 +26,24 @@ async fn the_newest_n_are_exact_over_batches() {
         let first = 22usize.saturating_sub(n as usize);
         assert_eq!(numbers(&newest), (first..22).collect::<Vec<_>>(), "{n}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_newest_n_are_n_while_others_publish() {
+    if left_out() {
+        return;
+    }
+    let bed = Bed::shared().await;
+    assert_eq!(read(&*bed.lane, &bed.route, &bed.topic, Start::Last(5)).await.len(), 0);
+    for n in 0..5 {
+        bed.publish(n).await;
+    }
+    let load = Publishers::on(&bed, 1, (1, Duration::from_millis(1)), |_| None);
+    for _ in 0..20 {
+        let newest = numbers(&read(&*bed.lane, &bed.route, &bed.topic, Start::Last(5)).await);
+        assert_eq!(newest.len(), 5, "{newest:?}");
+    }
+    load.end().await;
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@
 mod brokers;
 mod harness;
 mod lanes;
+mod process;
 mod proxy;
 
 mod architecture;

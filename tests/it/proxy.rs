@@ -7,6 +7,7 @@
 //! behind a proxy is started with the proxy's address as the one it advertises.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -40,6 +41,8 @@ pub struct Proxy {
     mode: watch::Sender<Mode>,
     /// Counts the cuts.
     cuts: watch::Sender<usize>,
+    /// Counts how often the connections were lost.
+    losses: watch::Sender<usize>,
     accepted: Arc<AtomicUsize>,
 }
 
@@ -50,19 +53,21 @@ impl Proxy {
         listener.set_nonblocking(true).unwrap();
         let at = listener.local_addr().unwrap();
         let (mode, cuts) = (watch::Sender::new(Mode::Forward), watch::Sender::new(0));
+        let losses = watch::Sender::new(0);
         let (to, accepted) = (Arc::new(AtomicU16::new(0)), Arc::new(AtomicUsize::new(0)));
         let accepting = Accepting {
             at,
             to: to.clone(),
             mode: mode.subscribe(),
             cuts: cuts.subscribe(),
+            losses: losses.subscribe(),
             accepted: accepted.clone(),
         };
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async { accepting.run(TcpListener::from_std(listener).unwrap()).await });
         });
-        Self { port: at.port(), to, mode, cuts, accepted }
+        Self { port: at.port(), to, mode, cuts, losses, accepted }
     }
 
     /// A Pulsar whose clients, its own included, all come through the proxy, and the proxy.
@@ -138,6 +143,11 @@ impl Proxy {
         self.mode.send_replace(Mode::Swallow);
     }
 
+    /// No packet of the connections there are arrives any more, and no reset tells so; new ones are made as ever.
+    pub fn lose(&self) {
+        self.losses.send_modify(|losses| *losses += 1);
+    }
+
     pub fn resume(&self) {
         self.mode.send_replace(Mode::Forward);
     }
@@ -148,6 +158,7 @@ struct Accepting {
     to: Arc<AtomicU16>,
     mode: watch::Receiver<Mode>,
     cuts: watch::Receiver<usize>,
+    losses: watch::Receiver<usize>,
     accepted: Arc<AtomicUsize>,
 }
 
@@ -183,22 +194,31 @@ impl Accepting {
             if *self.mode.borrow() == Mode::AcceptThenClose {
                 continue;
             }
-            connections.spawn(carry(client, self.to.clone(), self.mode.clone(), self.cuts.clone()));
+            let carrying = carry(client, self.to.clone(), self.mode.clone(), self.losses.clone());
+            connections.spawn(until_cut(carrying, self.cuts.clone()));
             while connections.try_join_next().is_some() {}
         }
     }
 }
 
-/// Carries one connection's bytes until either side ends it or it is cut.
+async fn until_cut(carrying: impl Future<Output = ()>, mut cuts: watch::Receiver<usize>) {
+    cuts.mark_unchanged();
+    tokio::select! {
+        () = carrying => {}
+        _ = cuts.changed() => {}
+    }
+}
+
+/// Carries one connection's bytes until either side ends it.
 async fn carry(
     mut client: TcpStream,
     to: Arc<AtomicU16>,
     mut mode: watch::Receiver<Mode>,
-    mut cuts: watch::Receiver<usize>,
+    mut losses: watch::Receiver<usize>,
 ) {
     let _ = client.set_zero_linger();
-    cuts.mark_unchanged();
-    let carrying = async {
+    losses.mark_unchanged();
+    let mut carrying = pin!(async {
         mode.wait_for(|mode| *mode != Mode::Hold).await.ok()?;
         let mut broker = TcpStream::connect(("127.0.0.1", to.load(Ordering::Relaxed))).await.ok()?;
         // However this ends, the broker sees a reset, as from a machine that is gone.
@@ -213,10 +233,11 @@ async fn carry(
             () = pump(&mut from_broker, &mut to_client, mode.clone(), true) => {}
         }
         Some(())
-    };
+    });
     tokio::select! {
-        _ = carrying => {}
-        _ = cuts.changed() => {}
+        _ = &mut carrying => {}
+        // Both sockets stay open.
+        Ok(()) = losses.changed() => std::future::pending().await,
     }
 }
 

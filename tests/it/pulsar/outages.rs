@@ -1,9 +1,11 @@
 //! What happens when the broker does not.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use tokio::task::JoinSet;
 use twinspan::lane::contract::{LaneError, Publisher};
-use twinspan::message::Start;
+use twinspan::message::{Draft, Start};
 
 use super::*;
 use crate::brokers::Options;
@@ -45,6 +47,55 @@ async fn a_frozen_broker_is_noticed_within_three_seconds_and_the_lane_heals_when
     }
     heard.retain(|n| *n != 1);
     assert_eq!(heard, [3], "each once, whatever the tail went through; the unknown one may be there");
+}
+
+/// Publishers that do not wait for receipts wait for room in the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_under_way_to_a_frozen_broker_is_bounded_in_bytes() {
+    const MIB: usize = 1 << 20;
+    if left_out() {
+        return;
+    }
+    let broker = Broker::pulsar(&Options::default()).await;
+    let settings = DurableSettings { publish_timeout: Duration::from_secs(30), ..settings(&broker) };
+    let bed = Bed::with(route("t.>", "persistent://public/default/{topic}"), settings).await;
+    let topics: Vec<_> = (0..4).map(|n| topic(&format!("{}.{n}", bed.topic))).collect();
+    for topic in &topics {
+        let receipt = bed.lane.append(&bed.route, topic, numbered(0), Publisher::default()).await.unwrap();
+        soon(receipt).await.unwrap();
+    }
+    broker.stop();
+    let large = || Draft { payload: vec![b'x'; MIB - 1000].into(), ..Draft::default() }.accept();
+    let (mut publishing, under_way) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
+    for n in 0..200 {
+        let (lane, route, topic) = (bed.lane.clone(), bed.route.clone(), topics[n % 4].clone());
+        let under_way = under_way.clone();
+        publishing.spawn(async move {
+            let receipt = lane.append(&route, &topic, large(), Publisher::default()).await?;
+            under_way.fetch_add(1, Ordering::SeqCst);
+            receipt.await
+        });
+    }
+    // None has a receipt, so all that have found a place are under way.
+    let state = bed.lane.state();
+    let mut most = 0;
+    while state.borrow().is_up() {
+        most = under_way.load(Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!((32..=64).contains(&most), "{most} MiB are under way");
+    broker.cont();
+    is_up(&*bed.lane).await;
+    while let Some(outcome) = timeout(SOON * 3, publishing.join_next()).await.unwrap() {
+        let outcome = outcome.unwrap();
+        let is_told =
+            matches!(outcome, Ok(_) | Err(LaneError::Unavailable(_) | LaneError::OutcomeUnknown(_)));
+        assert!(is_told, "{outcome:?}");
+    }
+    // There is room again.
+    soon(bed.lane.append(&bed.route, &topics[0], large(), Publisher::default()).await.unwrap())
+        .await
+        .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -4,9 +4,12 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde_json::json;
-use twinspan::client::ClientError;
+use twinspan::client::{Client, ClientError};
 
-use crate::harness::{Plan, Span, draft, next, next_payload, nothing, soon};
+use crate::brokers::{Broker, left_out};
+use crate::harness::{Plan, Span, draft, eventually, http_client, next, next_payload, nothing, soon};
+use crate::process::Process;
+use crate::proxy::Proxy;
 
 #[tokio::test]
 async fn clients_are_told_answered_and_closed_with_1001() {
@@ -108,4 +111,136 @@ async fn a_reload_moves_a_subscription_with_its_topic() {
     assert_eq!(ack.lane.as_deref(), Some("durable"));
     let event = next(&mut client).await;
     assert_eq!((event.payload().unwrap().as_slice(), event.lane.as_deref()), (&b"2"[..], Some("durable")));
+}
+
+/// A bridge in a process of its own, whose Pulsar answers when it is told to.
+struct Bed {
+    process: Process,
+    settings: [String; 3],
+    dir: tempfile::TempDir,
+}
+
+impl Bed {
+    async fn behind((pulsar, way): &(Broker, Proxy)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let own = twinspan::message::MessageId::new();
+        let routes = format!(
+            "[[route]]\ntopic = \"orders.>\"\nlane = \"durable\"\n\
+             pulsar = \"persistent://public/default/end.{own}.{{topic}}\"\n"
+        );
+        std::fs::write(dir.path().join("routes.toml"), routes).unwrap();
+        let settings = [
+            "lanes.durable.backend=pulsar".to_owned(),
+            format!("lanes.durable.url={}", way.pulsar_url()),
+            format!("lanes.durable.admin_url={}", pulsar.admin_url()),
+        ];
+        Self { process: Process::start(dir.path(), &settings).await, settings, dir }
+    }
+
+    async fn client(&self) -> Client {
+        let client = Client::connect(&self.process.url()).await.unwrap();
+        // Whose way to the broker is known from then on.
+        let up = async || client.publish("orders.a", &draft("0")).await.is_ok();
+        eventually("the lane is up", up).await;
+        client
+    }
+}
+
+async fn drained(client: &mut Client) {
+    loop {
+        let heard = next(client).await;
+        if heard.code.as_deref() == Some("DRAINING") {
+            assert!(heard.reconnect_after_ms.unwrap() <= 5000);
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bridge_that_is_told_to_end_answers_and_confirms_what_is_under_way_and_ends_well() {
+    if left_out() {
+        return;
+    }
+    let proxied = Proxy::shared_pulsar().await;
+    let mut bed = Bed::behind(&proxied).await;
+    let mut client = bed.client().await;
+    client.subscribe("orders.acks", json!({"group": "g"})).await.unwrap();
+    let mut deliveries = Vec::new();
+    for n in 0..20 {
+        client.publish("orders.acks", &draft(n.to_string())).await.unwrap();
+        let event = next(&mut client).await;
+        assert_eq!(event.payload().unwrap(), n.to_string().into_bytes());
+        deliveries.push(event.delivery.unwrap());
+    }
+    // From here on nothing is answered until the way is open again.
+    proxied.1.hold();
+    let mut publishing = Vec::new();
+    for n in 1..=50 {
+        publishing.push(client.publish_in_line("orders.a", &draft(n.to_string())).await.unwrap());
+    }
+    let (acked, unasked) = deliveries.split_at(10);
+    let (sender, acked) = (client.sender(), acked.to_vec());
+    let acking = tokio::spawn(async move { sender.ack(&acked).await });
+    let held = async || client.send(json!({"type": "ack", "deliveries": unasked}).to_string()).await;
+    // The acknowledgement that wants an answer goes first.
+    soon(client.ping()).await.unwrap();
+    held().await.unwrap();
+    soon(client.ping()).await.unwrap();
+
+    let told = std::time::Instant::now();
+    bed.process.terminate();
+    drained(&mut client).await;
+    let ready = http_client().get(format!("http://{}/readyz", bed.process.admin)).send().await.unwrap();
+    assert_eq!(ready.status(), 503);
+    assert!(Client::connect(&bed.process.url()).await.is_err(), "nobody new is let in");
+    proxied.1.resume();
+    for published in publishing {
+        assert_eq!(soon(published).await.unwrap().status.as_deref(), Some("ok"));
+    }
+    soon(acking).await.unwrap().unwrap();
+    let end = loop {
+        if let Err(end) = soon(client.next()).await {
+            break end;
+        }
+    };
+    assert!(matches!(end, ClientError::Closed { code: 1001, .. }), "{end}");
+    assert_eq!(soon(bed.process.ended()).await.code(), Some(0));
+    assert!(told.elapsed() < Duration::from_secs(25), "{:?}", told.elapsed());
+
+    // What was answered is stored, and what was acknowledged is done, asked or unasked.
+    bed.process = Process::start(bed.dir.path(), &bed.settings).await;
+    let mut client = bed.client().await;
+    client.subscribe("orders.a", json!({"from": "earliest"})).await.unwrap();
+    for n in 0..=50 {
+        assert_eq!(next_payload(&mut client).await, n.to_string());
+    }
+    let mut member = Client::connect(&bed.process.url()).await.unwrap();
+    member.subscribe("orders.acks", json!({"group": "g"})).await.unwrap();
+    client.publish("orders.acks", &draft("20")).await.unwrap();
+    assert_eq!(next_payload(&mut member).await, "20");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_ends_a_bridge_at_once() {
+    if left_out() {
+        return;
+    }
+    let proxied = Proxy::shared_pulsar().await;
+    let mut bed = Bed::behind(&proxied).await;
+    let mut client = bed.client().await;
+    proxied.1.hold();
+    let under_way = client.publish_in_line("orders.a", &draft("0")).await.unwrap();
+    soon(client.ping()).await.unwrap();
+    bed.process.terminate();
+    drained(&mut client).await;
+    let told = std::time::Instant::now();
+    bed.process.terminate();
+    let status = soon(bed.process.ended()).await;
+    assert!(told.elapsed() < Duration::from_secs(1), "{:?}", told.elapsed());
+    assert!(!status.success(), "what was under way is not said to be done: {status}");
+    match soon(under_way).await.unwrap_err() {
+        ClientError::Refused(error) => assert_eq!(error.code, "OUTCOME_UNKNOWN"),
+        ClientError::Broken(_) | ClientError::Closed { .. } => {}
+        other => panic!("{other}"),
+    }
 }

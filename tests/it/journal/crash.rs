@@ -1,5 +1,6 @@
 //! SIGKILL and power cuts in the middle of the load: nothing that was confirmed is lost.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
@@ -150,4 +151,46 @@ async fn a_power_cut_takes_nothing_that_was_confirmed() {
         lane.close().await;
     }
     publishing.abort();
+}
+
+/// Torn at each sector of its last commit, whether that sector was written, or half of it: what was confirmed is all
+/// there, and of the commit all or nothing.
+#[tokio::test]
+async fn a_log_that_is_torn_anywhere_in_its_last_commit_is_whole_up_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Arc::new(Disk::default());
+    disk.remembers();
+    let rules = policy(Retention::default());
+    let lane = Journal::open_with(dir.path(), rules, SOON, Arc::new(Metrics::new()), disk.opener()).unwrap();
+    let (route, topic) = (for_ever(), topic("a"));
+    for n in 0..10 {
+        append(&lane, &route, &topic, n).await.unwrap();
+    }
+    // Some records in one commit: they wait in line behind one that hangs.
+    disk.is_stuck(true);
+    let mut receipts = Vec::new();
+    for n in 10..14 {
+        receipts.push(lane.append(&route, &topic, numbered(n), Publisher::default()).await.unwrap());
+    }
+    disk.tears();
+    disk.is_stuck(false);
+    for receipt in receipts {
+        soon(receipt).await.unwrap();
+    }
+    let images = disk.torn();
+    let mut found = BTreeSet::new();
+    assert!(!images.is_empty(), "what is confirmed was written");
+    for (at, image) in images.into_iter().enumerate() {
+        let after = tempfile::tempdir().unwrap();
+        fs::write(after.path().join("journal.redb"), image).unwrap();
+        let lane = open(after.path()).unwrap_or_else(|error| panic!("image {at}: {error}"));
+        let there = numbers(&read(&*lane, &route, &topic, Start::Earliest).await);
+        assert_eq!(there, (0..there.len()).collect::<Vec<_>>(), "image {at}");
+        found.insert(there.len());
+        append(&lane, &route, &topic, there.len()).await.unwrap();
+        lane.close().await;
+    }
+    // Before the one that hung, between the two, after the other.
+    assert!((2..=3).contains(&found.len()), "each commit is there or is not: {found:?}");
+    assert!(found.first() >= Some(&10) && found.last() == Some(&14), "{found:?}");
 }

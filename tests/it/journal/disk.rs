@@ -42,6 +42,8 @@ struct Faults {
 struct Platter {
     synced: Vec<u8>,
     since: Vec<Change>,
+    /// What each sector that was written left on the disk, had it been the last; where somebody wants to know.
+    torn: Option<Vec<Vec<u8>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -54,6 +56,27 @@ enum Change {
 const SECTOR: usize = 512;
 
 impl Platter {
+    fn write(&mut self, change: Change) {
+        if let Some(torn) = &mut self.torn {
+            let mut image = self.synced.clone();
+            self.since.iter().for_each(|change| apply(&mut image, change));
+            if let Change::Bytes(offset, bytes) = &change {
+                for (at, sector) in (*offset..).step_by(SECTOR).zip(bytes.chunks(SECTOR)) {
+                    // The one that was being written may be neither what it was nor what it is to be. The first of the
+                    // file is: a disk writes a sector or does not.
+                    if at > 0 {
+                        let mut half = image.clone();
+                        apply(&mut half, &Change::Bytes(at, vec![0; sector.len()]));
+                        torn.push(half);
+                    }
+                    apply(&mut image, &Change::Bytes(at, sector.to_vec()));
+                    torn.push(image.clone());
+                }
+            }
+        }
+        self.since.push(change);
+    }
+
     fn sync(&mut self) {
         for change in std::mem::take(&mut self.since) {
             apply(&mut self.synced, &change);
@@ -150,9 +173,18 @@ impl Disk {
         image
     }
 
+    /// Keeps from here on what a crash in the middle of writing would leave.
+    pub fn tears(&self) {
+        self.set(|faults| faults.platter.as_mut().unwrap().torn = Some(Vec::new()));
+    }
+
+    pub fn torn(&self) -> Vec<Vec<u8>> {
+        self.faults.lock().unwrap().platter.as_mut().unwrap().torn.take().unwrap()
+    }
+
     fn record(&self, change: Change) {
         if let Some(platter) = &mut self.faults.lock().unwrap().platter {
-            platter.since.push(change);
+            platter.write(change);
         }
     }
 

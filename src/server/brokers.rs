@@ -18,7 +18,12 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Default)]
 pub struct Brokers {
     /// Held while one is asked, so that all who want to know meanwhile get that answer.
-    reports: [Mutex<Option<(Instant, Option<BrokerReport>)>>; 2],
+    reports: [Mutex<Option<Asked>>; 2],
+}
+
+struct Asked {
+    at: Instant,
+    told: Option<BrokerReport>,
 }
 
 impl Brokers {
@@ -30,14 +35,14 @@ impl Brokers {
             Lane::Durable => (DURABLE_FRESH, bridge.durable.broker()),
         };
         match &*known {
-            Some((at, report)) if at.elapsed() < fresh => report.clone(),
+            Some(asked) if asked.at.elapsed() < fresh => asked.told.clone(),
             _ => {
-                let report = timeout(PATIENCE, asking).await.unwrap_or_else(|_| {
+                let told = timeout(PATIENCE, asking).await.unwrap_or_else(|_| {
                     let problem = format!("the broker told nothing of itself within {PATIENCE:?}");
                     Some(BrokerReport { problem: Some(problem), ..BrokerReport::default() })
                 });
-                *known = Some((Instant::now(), report.clone()));
-                report
+                *known = Some(Asked { at: Instant::now(), told: told.clone() });
+                told
             }
         }
     }

@@ -83,6 +83,8 @@ fn ran(lines: &[Value], rounds: u64) -> Ran {
                 let at = |percentile: &str| result["latency_ms"][percentile]["median"].as_f64().unwrap();
                 assert!(0.0 < at("p50") && at("p50") <= at("p99") && at("p99") <= at("max"), "{line}");
             }
+            let ack = result["ack_p50_ms"]["median"].as_f64();
+            assert_eq!(ack.is_some(), matches!(workload, "end-to-end" | "fan-out"), "{line}");
             assert!(ran.insert((workload.into(), name("target"), name("lane"))), "each once");
         }
     }
@@ -102,10 +104,14 @@ fn on_both_lanes(target: &str) -> Ran {
 }
 
 #[tokio::test]
-async fn bench_loads_both_lanes_of_a_bridge_and_its_counts_add_up() {
+async fn bench_loads_both_lanes_of_a_bridge_and_topics_of_both_and_its_counts_add_up() {
     let span = Span::start().await;
-    let lines = lines(Path::new("."), &["--url", &span.url(), "--rounds=2"]).await;
-    assert_eq!(ran(&lines, 2), on_both_lanes("bridge"));
+    let (url, lanes) = (span.url(), "--lane=ephemeral,durable,both");
+    let lines = lines(Path::new("."), &["--url", &url, "--rounds=2", lanes, "--both-topic=first"]).await;
+    let mut expected = on_both_lanes("bridge");
+    let workloads = ["publish", "paced", "end-to-end", "fan-out", "consume", "request"];
+    expected.append(&mut all("bridge", &workloads, &["both"]));
+    assert_eq!(ran(&lines, 2), expected);
     let processor = &lines[0]["results"][0]["processor_us_per_message"]["median"];
     assert!(processor.is_number(), "the bridge's process is found by its port: {}", lines[0]);
 }
@@ -157,6 +163,7 @@ async fn bench_says_what_it_cannot_do() {
         (&["--url", "ws://127.0.0.1:1/ws"][..], "no bridge answers at ws://127.0.0.1:1/ws"),
         (&["--peer=pulsar-ws", "--lane=ephemeral"], "no ephemeral lane"),
         (&["--direct", "--lane=durable", "request"], "request of the ephemeral one"),
+        (&["--direct", "--lane=both"], "the bridge that carries topics of both lanes"),
         (
             &["--direct", "--lane=ephemeral", "paced", "--ephemeral-topic=nowhere"],
             "no route matches `nowhere.",

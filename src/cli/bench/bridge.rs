@@ -11,14 +11,14 @@ use super::traffic::{
     How, Incoming, Line, NUMBER, Outgoing, Payload, Responder, Target, Template, digits_after, number_after,
     text_after,
 };
-use crate::message::Lane;
+use crate::message::Lanes;
 
 const REQUEST_TIMEOUT_MS: u32 = 10_000;
 
 pub struct Bridge {
     pub url: String,
-    /// The lane that its topics are to take.
-    pub lane: Lane,
+    /// What its topics are to take.
+    pub lanes: Lanes,
 }
 
 #[async_trait]
@@ -28,7 +28,7 @@ impl Target for Bridge {
             r#"{{"type":"publish","request_id":"{NUMBER}","topic":"{topic}","message":{{"payload":{}}}}}"#,
             payload.text()
         );
-        self.line(&frame, r#"{"type":"ack","request_id":""#, Some(self.lane)).await
+        self.line(&frame, r#"{"type":"ack","request_id":""#, Some(self.lanes)).await
     }
 
     async fn receiver(&self, topic: &str, how: &How) -> Result<Box<dyn Incoming>> {
@@ -81,10 +81,10 @@ impl Target for Bridge {
 }
 
 impl Bridge {
-    async fn line(&self, frame: &str, answer: &'static str, lane: Option<Lane>) -> Result<Line> {
+    async fn line(&self, frame: &str, answer: &'static str, lanes: Option<Lanes>) -> Result<Line> {
         let (sink, frames) = socket::open(&self.url).await?;
         let out = Commands { sink, template: Template::new(frame) };
-        Ok((Box::new(out), Box::new(Answers { frames, answer, lane, arrived: Vec::new() })))
+        Ok((Box::new(out), Box::new(Answers { frames, answer, lanes, arrived: Vec::new() })))
     }
 }
 
@@ -109,7 +109,7 @@ struct Answers {
     /// How the frame begins, up to the number.
     answer: &'static str,
     /// What the first acknowledgement has to say, which goes for all.
-    lane: Option<Lane>,
+    lanes: Option<Lanes>,
     arrived: Vec<Utf8Bytes>,
 }
 
@@ -119,9 +119,9 @@ impl Incoming for Answers {
         self.frames.next(&mut self.arrived).await?;
         for frame in self.arrived.drain(..) {
             expect(&frame, self.answer)?;
-            if let Some(lane) = self.lane.take() {
-                let says_so = frame.contains(&format!(r#""lane":"{lane}""#));
-                ensure!(says_so, "its topic does not take the {lane} lane: {frame}");
+            if let Some(lanes) = self.lanes.take() {
+                let says_so = frame.contains(&format!(r#""lane":"{lanes}""#));
+                ensure!(says_so, "its topic does not take the {lanes} lane: {frame}");
             }
             into.push(number_after(&frame, self.answer).context("an answer to nothing that was asked")?);
         }

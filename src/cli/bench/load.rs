@@ -45,6 +45,8 @@ pub struct Round {
     pub seconds: f64,
     /// In nanoseconds.
     pub latency: Option<Histogram<u64>>,
+    /// Of the acknowledgements, where `latency` is that of what was published.
+    pub acks: Option<Histogram<u64>>,
     pub spent: Spent,
     /// What the processor time is divided by.
     pub counted: u64,
@@ -142,6 +144,7 @@ pub async fn windowed(line: Line, window: u64, time: Duration, carrier: Option<&
         rate: counted as f64 / seconds,
         seconds,
         latency: Some(latency),
+        acks: None,
         spent,
         counted: acked,
     })
@@ -228,6 +231,7 @@ async fn send_paced(line: Line, pace: Pace, base: u64, carrier: Option<&Process>
         rate: acked as f64 / seconds,
         seconds,
         latency: Some(latency),
+        acks: None,
         spent: meter.spent(),
         counted: acked,
     })
@@ -262,7 +266,7 @@ pub async fn flow(
     round.seconds = (last - pace.begin).as_secs_f64();
     round.rate = round.received as f64 / round.seconds;
     round.counted = round.received;
-    round.latency = Some(latency);
+    round.acks = round.latency.replace(latency);
     Ok(round)
 }
 
@@ -347,6 +351,7 @@ pub async fn drain(mut member: Box<dyn Incoming>, count: u64, carrier: Option<&P
         rate: received as f64 / seconds,
         seconds,
         latency: None,
+        acks: None,
         spent: meter.spent(),
         counted: received,
     })

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use super::problems;
 use crate::config::{self, Sources};
 use crate::lane::pulsar::peer::Entries;
-use crate::message::Lane;
+use crate::message::{Lane, Lanes};
 use crate::policy::Policy;
 use crate::units;
 use bridge::Bridge;
@@ -59,9 +59,9 @@ pub struct Bench {
     /// The bridge to load [default: ws://127.0.0.1:8090/ws].
     #[arg(long)]
     url: Option<String>,
-    /// One lane only.
-    #[arg(long, value_parser = super::lane)]
-    lane: Option<Lane>,
+    /// Only topics of these: ephemeral, durable, both [default: ephemeral,durable].
+    #[arg(long, value_parser = lanes, value_delimiter = ',', value_name = "LANES")]
+    lane: Vec<Lanes>,
     /// The lanes without the bridge, opened in this process as `serve` would.
     #[arg(long, conflicts_with = "compare")]
     direct: bool,
@@ -118,6 +118,9 @@ pub struct Bench {
     /// The same for the ephemeral lane.
     #[arg(long, value_name = "TOPIC", default_value = "telemetry.bench")]
     ephemeral_topic: String,
+    /// The same for topics of both lanes.
+    #[arg(long, value_name = "TOPIC", default_value = "alerts.bench")]
+    both_topic: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum)]
@@ -181,10 +184,10 @@ impl Workload {
         }
     }
 
-    fn is_on(self, lane: Lane) -> bool {
+    fn is_on(self, lanes: Lanes) -> bool {
         match self {
-            Workload::Consume => lane == Lane::Durable,
-            Workload::Request => lane == Lane::Ephemeral,
+            Workload::Consume => lanes.takes(Lane::Durable),
+            Workload::Request => lanes.takes(Lane::Ephemeral),
             _ => true,
         }
     }
@@ -203,6 +206,11 @@ fn peer(name: &str) -> Result<Who, String> {
     who.ok_or_else(|| "pulsar-ws, pulsar-crate, pulsar-crate-batched or pulsar-crate-folded".into())
 }
 
+fn lanes(name: &str) -> Result<Lanes, String> {
+    let known = [Lanes::EPHEMERAL, Lanes::DURABLE, Lanes::Both];
+    known.into_iter().find(|lanes| lanes.as_str() == name).ok_or_else(|| "ephemeral, durable or both".into())
+}
+
 fn rate(text: &str) -> Result<f64, String> {
     let rate = text.parse().ok().filter(|rate: &f64| (0.1..=1e6).contains(rate));
     rate.ok_or_else(|| "from 0.1 to 1000000 messages a second".into())
@@ -217,7 +225,7 @@ pub async fn bench(asked: Bench, sources: &Sources) -> Result<()> {
 /// One thing that is measured.
 struct Subject {
     who: Who,
-    lane: Lane,
+    lanes: Lanes,
     target: Arc<dyn Target>,
     /// The process that carries, besides this one.
     carrier: Option<Process>,
@@ -242,7 +250,7 @@ struct Plan {
     /// Rounds so far, warm-up included.
     round: u64,
     /// The topics that hold a backlog, by who filled them.
-    filled: HashMap<Option<(&'static str, Lane)>, String>,
+    filled: HashMap<Option<(&'static str, Lanes)>, String>,
 }
 
 impl Plan {
@@ -255,15 +263,20 @@ impl Plan {
             (true, false, None) => vec![Who::Bridge],
         };
         let peers = who.iter().any(|who| who.is_peer());
-        let lanes = match asked.lane {
-            Some(Lane::Ephemeral) if peers => bail!("Pulsar's own clients have no ephemeral lane"),
-            Some(lane) => vec![lane],
-            None if peers => vec![Lane::Durable],
-            None => Lane::ALL.to_vec(),
+        let lanes = match asked.lane.is_empty() {
+            false => asked.lane.clone(),
+            true if peers => vec![Lanes::DURABLE],
+            true => vec![Lanes::EPHEMERAL, Lanes::DURABLE],
         };
+        ensure!(!peers || !lanes.contains(&Lanes::EPHEMERAL), "Pulsar's own clients have no ephemeral lane");
+        let is_bridge = who.iter().all(|who| *who == Who::Bridge);
+        ensure!(
+            is_bridge || !lanes.contains(&Lanes::Both),
+            "it is the bridge that carries topics of both lanes"
+        );
         let named = !asked.workloads.is_empty();
         let mut workloads = if named { asked.workloads.clone() } else { Workload::value_variants().to_vec() };
-        workloads.retain(|workload| lanes.iter().any(|lane| workload.is_on(*lane)));
+        workloads.retain(|workload| lanes.iter().any(|lanes| workload.is_on(*lanes)));
         ensure!(!workloads.is_empty(), "consume is of the durable lane alone, request of the ephemeral one");
 
         // The bridge knows its own settings; everything else is opened with ours.
@@ -275,7 +288,7 @@ impl Plan {
         }
         let mut subjects = Vec::new();
         let direct: Option<Arc<dyn Target>> = ground.clone().map(|ground| Arc::new(Direct::new(ground)) as _);
-        for lane in lanes {
+        for lanes in lanes {
             for &who in &who {
                 let target: Arc<dyn Target> = match (who, &ground, &direct) {
                     (Who::Direct, _, Some(direct)) => direct.clone(),
@@ -293,14 +306,14 @@ impl Plan {
                     }
                     _ => Arc::new(Bridge {
                         url: asked.url.clone().unwrap_or_else(|| DEFAULT_URL.into()),
-                        lane,
+                        lanes,
                     }),
                 };
                 let carrier = match who {
                     Who::Bridge => local_port(asked.url.as_deref()).and_then(Process::listening_on),
                     _ => None,
                 };
-                subjects.push(Subject { who, lane, target, carrier });
+                subjects.push(Subject { who, lanes, target, carrier });
             }
         }
         let rounds = asked.rounds.unwrap_or(if who.len() > 1 { 3 } else { 1 });
@@ -327,7 +340,7 @@ impl Plan {
         bar.enable_steady_tick(Duration::from_millis(200));
         let mut warmup = self.warmup;
         for workload in self.workloads.clone() {
-            let subjects: Vec<_> = subjects.iter().filter(|subject| workload.is_on(subject.lane)).collect();
+            let subjects: Vec<_> = subjects.iter().filter(|subject| workload.is_on(subject.lanes)).collect();
             bar.set_length(bar.length().unwrap_or_default() + u64::from(self.rounds) * subjects.len() as u64);
             bar.set_message(format!("{}: warm-up for {}", workload.name(), units::show_duration(warmup)));
             let until = Instant::now() + warmup;
@@ -339,8 +352,8 @@ impl Plan {
             let mut rounds: Vec<_> = subjects.iter().map(|_| Vec::new()).collect();
             for number in 1..=self.rounds {
                 for (subject, rounds) in subjects.iter().zip(&mut rounds) {
-                    let (name, lane) = (subject.who.name(), subject.lane);
-                    bar.set_message(format!("{}: round {number} of {name}, {lane}", workload.name()));
+                    let (name, lanes) = (subject.who.name(), subject.lanes);
+                    bar.set_message(format!("{}: round {number} of {name}, {lanes}", workload.name()));
                     rounds.push(self.one(workload, subject, self.asked.time).await?);
                     bar.inc(1);
                 }
@@ -357,7 +370,7 @@ impl Plan {
     async fn one(&mut self, workload: Workload, subject: &Subject, time: Duration) -> Result<Round> {
         self.round += 1;
         let done = self.load(workload, subject, time).await;
-        done.with_context(|| format!("{} on {}, {} lane", workload.name(), subject.who.name(), subject.lane))
+        done.with_context(|| format!("{} on {}, {} lane", workload.name(), subject.who.name(), subject.lanes))
     }
 
     async fn load(&mut self, workload: Workload, subject: &Subject, time: Duration) -> Result<Round> {
@@ -366,7 +379,7 @@ impl Plan {
         let topic = self.topic(workload, subject);
         if let Some(ground) = &self.ground {
             let (route, _) = ground.route(&topic)?;
-            ensure!(route.lane.takes(subject.lane), "`{topic}` takes the {} lane", route.lane);
+            ensure!(route.lane == subject.lanes, "`{topic}` takes the {} lane", route.lane);
         }
         match workload {
             Workload::Publish => {
@@ -404,9 +417,10 @@ impl Plan {
     }
 
     fn topic(&self, workload: Workload, subject: &Subject) -> String {
-        let begin = match subject.lane {
-            Lane::Durable => &self.asked.durable_topic,
-            Lane::Ephemeral => &self.asked.ephemeral_topic,
+        let begin = match subject.lanes {
+            Lanes::One(Lane::Durable) => &self.asked.durable_topic,
+            Lanes::One(Lane::Ephemeral) => &self.asked.ephemeral_topic,
+            Lanes::Both => &self.asked.both_topic,
         };
         format!("{begin}.{}.{}.{}", self.run, workload.name(), subject.who.name())
     }
@@ -421,7 +435,7 @@ impl Plan {
     async fn backlog(&mut self, subject: &Subject) -> Result<String> {
         let native = self.asked.per_entry.zip(self.ground.clone());
         // What a native producer wrote is the same for everybody.
-        let key = if native.is_some() { None } else { Some((subject.who.name(), subject.lane)) };
+        let key = if native.is_some() { None } else { Some((subject.who.name(), subject.lanes)) };
         if let Some(topic) = self.filled.get(&key) {
             return Ok(topic.clone());
         }
@@ -446,9 +460,9 @@ impl Plan {
         rounds: Vec<Vec<Round>>,
     ) -> Table {
         let row = |(subject, rounds): (&&Subject, Vec<Round>)| Row {
-            name: format!("{} {}", subject.who.name(), subject.lane),
+            name: format!("{} {}", subject.who.name(), subject.lanes),
             target: subject.who.name(),
-            lane: subject.lane.as_str(),
+            lane: subject.lanes.as_str(),
             one_process: subject.one_process(),
             rounds,
         };

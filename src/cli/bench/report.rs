@@ -59,6 +59,11 @@ impl Row {
         self.over(|round| Some(round.latency.as_ref()?.value_at_percentile(percentile) as f64 / 1e6))
     }
 
+    /// Until the acknowledgement, p50 in milliseconds, where messages are delivered besides.
+    fn ack(&self) -> Option<Spread> {
+        self.over(|round| Some(round.acks.as_ref()?.value_at_quantile(0.5) as f64 / 1e6))
+    }
+
     /// Microseconds of processor time a message: of the process that carried it.
     fn processor(&self) -> Option<Spread> {
         self.over(|round| {
@@ -121,11 +126,12 @@ impl Table {
                     "rounds": row.rounds.len(),
                     "sent": row.sum(|round| round.sent),
                     "acked": row.sum(|round| round.acked),
-                        "expected": row.sum(|round| round.expected),
-                "received": row.sum(|round| round.received),
+                    "expected": row.sum(|round| round.expected),
+                    "received": row.sum(|round| round.received),
                     "repeated": row.sum(|round| round.repeated),
                     "rate": row.rate().map(Spread::json),
                     "latency_ms": latency,
+                    "ack_p50_ms": row.ack().map(Spread::json),
                     "processor_us_per_message": row.processor().map(Spread::json),
                     "processor_includes_load": row.one_process,
                     "load_processors": row.generator().map(Spread::json),
@@ -144,6 +150,9 @@ impl Table {
                     if let Some(ratio) = ratio(one.latency(percentile), other.latency(percentile)) {
                         ratios[name] = json!(ratio);
                     }
+                }
+                if let Some(ratio) = ratio(one.latency(50.0), other.ack()) {
+                    ratios["p50_to_ack"] = json!(ratio);
                 }
                 ratios
             })
@@ -164,10 +173,13 @@ impl Table {
     fn render(&self) -> String {
         let first = &self.rows[0];
         let spread = first.rounds.len() > 1;
-        let has_latency = first.latency(50.0).is_some();
+        let (has_latency, has_acks) = (first.latency(50.0).is_some(), first.ack().is_some());
         let mut head = vec![String::new(), self.unit.to_owned()];
         if has_latency {
             head.extend(["p50 ms", "p90 ms", "p99 ms", "max ms"].map(String::from));
+        }
+        if has_acks {
+            head.push("ack p50 ms".into());
         }
         head.extend(["µs/msg", "load"].map(String::from));
         let mut lines = vec![head];
@@ -177,6 +189,9 @@ impl Table {
             if has_latency {
                 cells.push(cell(row.latency(50.0), spread, fixed));
                 cells.extend(PERCENTILES[1..].iter().map(|(_, p)| cell(row.latency(*p), false, fixed)));
+            }
+            if has_acks {
+                cells.push(cell(row.ack(), false, fixed));
             }
             let mark = if row.one_process { "*" } else { "" };
             one_process |= row.one_process;
@@ -220,6 +235,7 @@ impl Table {
                 show("rate", ratio(one.rate(), other.rate())),
                 show("p50", ratio(one.latency(50.0), other.latency(50.0))),
                 show("p99", ratio(one.latency(99.0), other.latency(99.0))),
+                show("p50 / ack p50", ratio(one.latency(50.0), other.ack())),
             ];
             let ratios: Vec<_> = ratios.into_iter().flatten().collect();
             text += &format!("  {} / {}: {}\n", one.name, other.name, ratios.join(", "));

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use async_trait::async_trait;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, Ready, ready};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{OnceCell, mpsc, watch};
 use tokio::time::timeout;
 
+use super::receipts::{self, UnderWay};
 use super::traffic::{How, Incoming, Line, Outgoing, Payload, Responder, Target, number};
 use crate::config::settings::Settings;
 use crate::lane;
@@ -25,14 +26,13 @@ use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
 use crate::topic::{Pattern, Topic};
 
-/// Messages without a receipt; more than any window.
+/// Requests without an answer; more than any rate makes.
 const UNANSWERED_MAX: usize = 1 << 17;
 /// What an ear has heard and nobody has counted; what comes then is missing from the count.
 const UNHEARD_MAX: usize = 1 << 16;
 const UP_WITHIN: Duration = Duration::from_secs(15);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const TURN_MAX: usize = 512;
-const NOBODY: &str = "nobody takes the receipts any more";
 
 /// The settings and routes of this command line, as `serve` would read them.
 #[derive(Clone)]
@@ -134,17 +134,19 @@ fn carrier(route: &Route) -> Lane {
 impl Target for Direct {
     async fn publisher(&self, topic: &str, payload: &Payload) -> Result<Line> {
         let (route, topic) = self.ground.route(topic)?;
-        let (under_way, receipts) = mpsc::channel(UNANSWERED_MAX);
         let payload = payload.clone();
-        let out: Box<dyn Outgoing> = match carrier(&route) {
+        Ok(match carrier(&route) {
             Lane::Durable => {
-                Box::new(Append { lane: self.durable().await?, route, topic, payload, under_way })
+                let (under_way, receipts) = receipts::channel();
+                let lane = self.durable().await?;
+                (Box::new(Append { lane, route, topic, payload, under_way }), Box::new(receipts))
             }
             Lane::Ephemeral => {
-                Box::new(Publish { lane: self.ephemeral().await?, route, topic, payload, under_way })
+                let (under_way, receipts) = receipts::channel();
+                let lane = self.ephemeral().await?;
+                (Box::new(Publish { lane, route, topic, payload, under_way }), Box::new(receipts))
             }
-        };
-        Ok((out, Box::new(Receipts { receipts, first: None })))
+        })
     }
 
     async fn receiver(&self, topic: &str, how: &How) -> Result<Box<dyn Incoming>> {
@@ -197,7 +199,7 @@ struct Append {
     route: Arc<Route>,
     topic: Topic,
     payload: Payload,
-    under_way: mpsc::Sender<(u64, Option<Receipt>)>,
+    under_way: UnderWay<Receipt>,
 }
 
 #[async_trait]
@@ -206,9 +208,9 @@ impl Outgoing for Append {
         for number in from..from + count {
             let message = message(self.payload.numbered(number));
             let receipt = self.lane.append(&self.route, &self.topic, message, Publisher::default()).await?;
-            self.under_way.send((number, Some(receipt))).await.ok().context(NOBODY)?;
+            self.under_way.add(number, receipt).await?;
         }
-        Ok(())
+        self.under_way.hand_over().await
     }
 }
 
@@ -217,7 +219,8 @@ struct Publish {
     route: Arc<Route>,
     topic: Topic,
     payload: Payload,
-    under_way: mpsc::Sender<(u64, Option<Receipt>)>,
+    /// This lane has no receipts: it has handed the message over by the time it returns.
+    under_way: UnderWay<Ready<Result<()>>>,
 }
 
 #[async_trait]
@@ -225,45 +228,9 @@ impl Outgoing for Publish {
     async fn send(&mut self, from: u64, count: u64) -> Result<()> {
         for number in from..from + count {
             self.lane.publish(&self.route, &self.topic, message(self.payload.numbered(number))).await?;
-            self.under_way.send((number, None)).await.ok().context(NOBODY)?;
+            self.under_way.add(number, ready(Ok(()))).await?;
         }
-        Ok(())
-    }
-}
-
-/// What becomes of each message, in the order of publishing. The ephemeral lane has no receipts: it has handed the
-/// message over by the time it returns.
-struct Receipts {
-    receipts: mpsc::Receiver<(u64, Option<Receipt>)>,
-    /// The one that is waited for.
-    first: Option<(u64, Option<Receipt>)>,
-}
-
-#[async_trait]
-impl Incoming for Receipts {
-    async fn next(&mut self, into: &mut Vec<u64>) -> Result<()> {
-        if self.first.is_none() {
-            self.first = Some(self.receipts.recv().await.context("the publisher has ended")?);
-        }
-        if let Some((number, receipt)) = &mut self.first {
-            if let Some(receipt) = receipt {
-                receipt.await?;
-            }
-            into.push(*number);
-            self.first = None;
-        }
-        while let Ok((number, mut receipt)) = self.receipts.try_recv() {
-            match receipt.as_mut().map(FutureExt::now_or_never) {
-                None => {}
-                Some(Some(stored)) => _ = stored?,
-                Some(None) => {
-                    self.first = Some((number, receipt));
-                    break;
-                }
-            }
-            into.push(number);
-        }
-        Ok(())
+        self.under_way.hand_over().await
     }
 }
 

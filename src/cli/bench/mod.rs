@@ -3,7 +3,8 @@
 //! ```text
 //! warm-up ─▶ round 1: A B C ─▶ round 2: A B C ─▶ … ─▶ medians, spreads, ratios
 //! ```
-//! Whatever is compared takes turns, so that what else the machine does disturbs all of it alike.
+//! Whatever is compared takes turns, so that what else the machine does disturbs all of it alike. It publishes the same
+//! message: who publishes to Pulsar without the bridge adds the id and the time that the bridge stores with each.
 
 mod bridge;
 mod direct;
@@ -11,6 +12,7 @@ mod load;
 mod meter;
 mod pulsar_crate;
 mod pulsar_ws;
+mod receipts;
 mod report;
 mod socket;
 mod traffic;
@@ -68,7 +70,8 @@ pub struct Bench {
     /// One of Pulsar's own clients: pulsar-ws, pulsar-crate, pulsar-crate-batched or pulsar-crate-folded.
     #[arg(long, value_parser = peer, conflicts_with_all = ["compare", "direct"])]
     peer: Option<Who>,
-    /// Several, in turns, with the ratios of each to every later one.
+    /// Several, in turns, with the ratios of each to every later one. All publish the same message: Pulsar's own
+    /// clients add the two properties that the bridge stores.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "TARGETS")]
     compare: Vec<Who>,
     /// Where Pulsar's WebSocket API is.

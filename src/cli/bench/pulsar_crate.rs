@@ -1,16 +1,12 @@
 //! A peer: the producer and consumer of the `pulsar` crate.
 
-use anyhow::{Context, Result, bail};
-use async_trait::async_trait;
-use futures_util::FutureExt;
-use tokio::sync::mpsc;
-
 use super::direct::Ground;
+use super::receipts::{self, UnderWay};
 use super::traffic::{How, Incoming, Line, Outgoing, Payload, Target, number};
-use crate::lane::pulsar::peer::{Entries, Part, PeerConsumer, PeerProducer, Place, Sent};
-
-/// Messages without a receipt; more than any window.
-const UNANSWERED_MAX: usize = 1 << 17;
+use crate::lane::pulsar::peer::{Entries, Part, PeerConsumer, PeerProducer, Place, Properties, Sent};
+use crate::message::{MessageId, Timestamp};
+use anyhow::{Result, bail};
+use async_trait::async_trait;
 
 pub struct PulsarCrate {
     pub ground: Ground,
@@ -22,14 +18,17 @@ impl Target for PulsarCrate {
     async fn publisher(&self, topic: &str, payload: &Payload) -> Result<Line> {
         let (url, topic) = (self.ground.broker()?, self.ground.physical(topic)?);
         let producer = PeerProducer::open(Place { url, topic: &topic }, self.entries).await?;
-        let (under_way, receipts) = mpsc::channel(UNANSWERED_MAX);
+        let (under_way, receipts) = receipts::channel();
         let out = Produce {
             producer,
             payload: payload.clone(),
             under_way,
+            named: !matches!(self.entries, Entries::Of(_)),
+            ts: Timestamp::default(),
+            ts_text: String::new(),
             flush: matches!(self.entries, Entries::Of(2..)),
         };
-        Ok((Box::new(out), Box::new(Receipts { receipts, first: None })))
+        Ok((Box::new(out), Box::new(receipts)))
     }
 
     async fn receiver(&self, topic: &str, how: &How) -> Result<Box<dyn Incoming>> {
@@ -48,52 +47,39 @@ impl Target for PulsarCrate {
 struct Produce {
     producer: PeerProducer,
     payload: Payload,
-    under_way: mpsc::Sender<(u64, Sent)>,
+    under_way: UnderWay<Sent>,
+    /// Whether messages have an id and a time, as those of the bridge have. A backlog's are a stranger's.
+    named: bool,
+    /// The last time and its text: most messages share them with the one before.
+    ts: Timestamp,
+    ts_text: String,
     /// Whether what is left of a batch has to be sent on.
     flush: bool,
+}
+
+impl Produce {
+    /// What the bridge stores beside a payload, so that the same is stored whoever publishes.
+    fn properties(&mut self) -> Properties {
+        let now = Timestamp::now();
+        if self.ts != now {
+            (self.ts, self.ts_text) = (now, now.to_string());
+        }
+        let (id, ts) = (MessageId::new().to_string(), self.ts_text.clone());
+        [("twinspan-id".to_owned(), id), ("twinspan-ts".to_owned(), ts)].into()
+    }
 }
 
 #[async_trait]
 impl Outgoing for Produce {
     async fn send(&mut self, from: u64, count: u64) -> Result<()> {
         for number in from..from + count {
-            let sent = self.producer.send(self.payload.numbered(number)).await?;
-            let told = self.under_way.send((number, sent)).await;
-            told.ok().context("nobody takes the receipts any more")?;
+            let properties = if self.named { self.properties() } else { Properties::new() };
+            let sent = self.producer.send(self.payload.numbered(number), properties).await?;
+            self.under_way.add(number, sent).await?;
         }
+        self.under_way.hand_over().await?;
         if self.flush {
             self.producer.flush().await?;
-        }
-        Ok(())
-    }
-}
-
-struct Receipts {
-    receipts: mpsc::Receiver<(u64, Sent)>,
-    /// The one that is waited for.
-    first: Option<(u64, Sent)>,
-}
-
-#[async_trait]
-impl Incoming for Receipts {
-    async fn next(&mut self, into: &mut Vec<u64>) -> Result<()> {
-        if self.first.is_none() {
-            self.first = Some(self.receipts.recv().await.context("the producer has ended")?);
-        }
-        if let Some((number, sent)) = &mut self.first {
-            sent.await?;
-            into.push(*number);
-            self.first = None;
-        }
-        while let Ok((number, mut sent)) = self.receipts.try_recv() {
-            match (&mut sent).now_or_never() {
-                Some(stored) => stored?,
-                None => {
-                    self.first = Some((number, sent));
-                    break;
-                }
-            }
-            into.push(number);
         }
         Ok(())
     }

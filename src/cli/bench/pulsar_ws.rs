@@ -11,6 +11,7 @@ use super::socket::{self, Frames, Sink};
 use super::traffic::{
     How, Incoming, Line, NUMBER, Outgoing, Payload, Target, Template, number, number_after, text_after,
 };
+use crate::message::Timestamp;
 
 /// The bytes of a payload that hold its number, and how long they are in Base64: a whole number of its groups.
 const HEAD: usize = 15;
@@ -36,9 +37,14 @@ impl Target for PulsarWs {
         let (sink, frames) = socket::open(&self.address("producer", topic)?).await?;
         let begin = r#"{"payload":""#;
         let encoded = STANDARD.encode(payload.numbered(0));
+        // What the bridge stores beside a payload, so that the same is stored whoever publishes.
+        let (id, ts) = (format!("01970000-0000-7000-8000-{NUMBER}"), Timestamp::now());
+        let properties = format!(r#"{{"twinspan-id":"{id}","twinspan-ts":"{ts}"}}"#);
         let out = Produce {
             sink,
-            template: Template::new(&format!(r#"{begin}{encoded}","context":"{NUMBER}"}}"#)),
+            template: Template::new(&format!(
+                r#"{begin}{encoded}","properties":{properties},"context":"{NUMBER}"}}"#
+            )),
             payload: payload.clone(),
             at: begin.len(),
         };

@@ -4,6 +4,7 @@
 //! As its users would have it: a connection for each producer and consumer, because the two on one connection wait
 //! for each other, and a queue long enough that a window is never refused.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -26,6 +27,8 @@ const QUEUE: usize = 20_000;
 const TURN_MAX: usize = 512;
 
 pub type PeerError = Error;
+
+pub type Properties = HashMap<String, String>;
 
 /// How messages become entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,8 +89,8 @@ impl PeerProducer {
     }
 
     /// Returns once the message has its place in line.
-    pub async fn send(&mut self, payload: Vec<u8>) -> Result<Sent, Error> {
-        let message = producer::Message { payload, ..Default::default() };
+    pub async fn send(&mut self, payload: Vec<u8>, properties: Properties) -> Result<Sent, Error> {
+        let message = producer::Message { payload, properties, ..Default::default() };
         let sent: SendFuture = self.0.send_non_blocking(message).await?;
         Ok(sent.map(|receipt| receipt.map(drop)).boxed())
     }

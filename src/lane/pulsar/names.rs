@@ -61,17 +61,21 @@ impl Physical {
     }
 
     /// The topic that this is a partition of, or itself. (No topic of ours ends like a partition.)
-    pub fn whole(self) -> Self {
-        match self.full.rsplit_once("-partition-") {
-            Some((whole, digits)) if !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) => {
-                Self { full: whole.to_owned(), local: self.local }
-            }
-            _ => self,
+    pub fn whole(mut self) -> Self {
+        if let Some(length) = self.whole_length() {
+            self.full.truncate(length);
         }
+        self
     }
 
     pub fn is_partition(&self) -> bool {
-        self.clone().whole() != *self
+        self.whole_length().is_some()
+    }
+
+    /// How long the name of the topic is that this is a partition of.
+    fn whole_length(&self) -> Option<usize> {
+        let (whole, digits) = self.full.rsplit_once("-partition-")?;
+        (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())).then_some(whole.len())
     }
 }
 

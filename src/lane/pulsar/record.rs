@@ -4,6 +4,7 @@
 //! fabric's own two fields are properties too. What a native client published has neither: its id is made of its
 //! place, the same on every bridge, and its `ts` is the publish time.
 
+use std::cell::LazyCell;
 use std::io::Read;
 
 use base64::Engine as _;
@@ -198,10 +199,10 @@ pub fn unpack(
         }
         Err(Broken) => (Timestamp::now(), Err(Unreadable::Checksum)),
     };
+    // Hashing costs as much as the rest of a message, so an entry is hashed once.
+    let first = LazyCell::new(|| MessageId::derived(topic.as_str(), &format!("{partition}:{}", place(0))));
     let named = |(index, single): (u32, Single)| {
-        let message = single.message(published, || {
-            MessageId::derived(topic.as_str(), &format!("{partition}:{}", place(index)))
-        });
+        let message = single.message(published, || first.nth(index));
         Record { place: place(index), published, message: Ok(message) }
     };
     match messages {

@@ -69,44 +69,11 @@ pub fn error_value(fault: &Fault) -> Vec<u8> {
     out.closed()
 }
 
-/// What stands under `message` in an event.
-fn message_value(message: &Message) -> Vec<u8> {
-    value(message.id, &message.payload, message.key.as_deref(), &message.headers, message.event_time)
-}
-
 /// What stands under `message` in a publish.
 pub fn draft_value(draft: &Draft) -> Vec<u8> {
-    value(draft.id, &draft.payload, draft.key.as_deref(), &draft.headers, draft.event_time)
-}
-
-fn value(
-    id: Option<MessageId>,
-    bytes: &[u8],
-    key: Option<&str>,
-    headers: &Headers,
-    event_time: Option<Timestamp>,
-) -> Vec<u8> {
-    let mut out = Object(Vec::with_capacity(bytes.len() + 80));
-    out.0.push(b'{');
-    if let Some(id) = id {
-        out.quoted("id", id);
-    }
-    payload(&mut out, bytes);
-    if let Some(key) = key {
-        out.text("key", key);
-    }
-    if headers.keys().any(|name| name != LIVE) {
-        let mut map = Object::new();
-        for (name, value) in headers.iter().filter(|(name, _)| *name != LIVE) {
-            map.text(name, value);
-        }
-        out.name("headers");
-        out.0.extend_from_slice(&map.closed());
-    }
-    if let Some(time) = event_time {
-        out.quoted("event_time", time);
-    }
-    out.closed()
+    let mut out = Object(Vec::with_capacity(draft.payload.len() + 80));
+    out.content(draft.id, &draft.payload, draft.key.as_deref(), &draft.headers, draft.event_time);
+    out.0
 }
 
 fn payload(out: &mut Object, payload: &[u8]) {
@@ -260,33 +227,72 @@ impl Object {
         out
     }
 
-    fn name(&mut self, name: &str) {
-        if self.0.len() > 1 {
+    /// A name of our own, which needs no escaping.
+    fn name(&mut self, name: &'static str) {
+        if !self.0.ends_with(b"{") {
             self.0.push(b',');
         }
-        self.string(name);
-        self.0.push(b':');
+        self.0.push(b'"');
+        self.0.extend_from_slice(name.as_bytes());
+        self.0.extend_from_slice(b"\":");
     }
 
-    fn text(&mut self, name: &str, value: &str) {
+    fn text(&mut self, name: &'static str, value: &str) {
         self.name(name);
         self.string(value);
     }
 
     /// A value whose text needs no escaping.
-    fn quoted(&mut self, name: &str, value: impl Display) {
+    fn quoted(&mut self, name: &'static str, value: impl Display) {
         self.name(name);
         self.write(format_args!("\"{value}\""));
     }
 
-    fn plain(&mut self, name: &str, value: impl Display) {
+    fn plain(&mut self, name: &'static str, value: impl Display) {
         self.name(name);
         self.write(format_args!("{value}"));
     }
 
     fn message(&mut self, message: &Message) {
         self.name("message");
-        self.0.extend_from_slice(&message_value(message));
+        let Message { id, payload, key, headers, event_time, .. } = message;
+        self.content(*id, payload, key.as_deref(), headers, *event_time);
+    }
+
+    /// A message as an object of its own.
+    fn content(
+        &mut self,
+        id: Option<MessageId>,
+        bytes: &[u8],
+        key: Option<&str>,
+        headers: &Headers,
+        event_time: Option<Timestamp>,
+    ) {
+        self.0.push(b'{');
+        if let Some(id) = id {
+            self.quoted("id", id);
+        }
+        payload(self, bytes);
+        if let Some(key) = key {
+            self.text("key", key);
+        }
+        let mut headers = headers.iter().filter(|(name, _)| *name != LIVE).peekable();
+        if headers.peek().is_some() {
+            self.name("headers");
+            let mut before = b'{';
+            for (name, value) in headers {
+                self.0.push(before);
+                self.string(name);
+                self.0.push(b':');
+                self.string(value);
+                before = b',';
+            }
+            self.0.push(b'}');
+        }
+        if let Some(time) = event_time {
+            self.quoted("event_time", time);
+        }
+        self.0.push(b'}');
     }
 
     fn string(&mut self, value: &str) {

@@ -114,7 +114,7 @@ impl MessageId {
         Self(Uuid::new_v5(&Uuid::NAMESPACE_URL, name.as_bytes()))
     }
 
-    /// The id of one of several messages that have a position together, where this is the first one's.
+    /// The id of another message of the same entry, where this is the first one's.
     pub fn nth(self, index: u32) -> Self {
         Self(Uuid::from_u128(self.0.as_u128() ^ u128::from(index)))
     }

@@ -467,6 +467,16 @@ mod tests {
     }
 
     #[test]
+    fn the_native_messages_of_a_batch_have_ids_of_their_own() {
+        let (metadata, data) = batch(&["a", "b", "c"]);
+        let ids = all(entry(metadata, data)).into_iter().map(|record| record.message.unwrap().id.unwrap());
+        let first = MessageId::derived("orders.eu", "2:3-7-0");
+        let ids: Vec<_> = ids.collect();
+        assert_eq!(ids, [first, first.nth(1), first.nth(2)]);
+        assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2]);
+    }
+
+    #[test]
     fn each_message_of_a_batch_has_its_index_and_only_the_wanted_ones_come() {
         let (metadata, data) = batch(&["a", "", "ccc"]);
         let records = unpack(&topic(), 0, &id(), entry(metadata, data), |index| index != 1);

@@ -376,6 +376,18 @@ mod tests {
     }
 
     #[test]
+    fn an_event_has_the_publishers_headers_and_not_the_fabrics() {
+        let with = |headers: &[(&str, &str)]| {
+            let headers = headers.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+            let message = Message { key: Some("k".into()), headers, ..message(b"1") };
+            shown(&Event::Live(Arc::new(Envelope::ephemeral(Topic::parse("t").unwrap(), message, None))))
+        };
+        let text = with(&[("a \"b\"", "\n"), (LIVE, "7-1"), ("z", "")]);
+        assert!(text.contains(r#""payload":1,"key":"k","headers":{"a \"b\"":"\n","z":""}},"#), "{text}");
+        assert!(with(&[(LIVE, "7-1")]).contains(r#""key":"k"},"lane""#));
+    }
+
+    #[test]
     fn a_live_event_is_encoded_once_and_its_bytes_are_shared() {
         let envelope = stored(b"1");
         let first = super::event(&Event::Live(envelope.clone()), Timestamp::from_millis(0));

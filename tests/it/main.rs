@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod brokers;
+mod checker;
 mod harness;
 mod lanes;
 mod process;

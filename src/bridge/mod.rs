@@ -30,7 +30,7 @@ use crate::message::{
     Draft, LIVE, Lane, Lanes, Message, MessageId, Position, RESERVED, ReplyTo, Start, Timestamp,
 };
 use crate::policy::Policy;
-use crate::policy::table::{Declare, OnOutage, Route};
+use crate::policy::table::{Declare, Route};
 use crate::telemetry::metrics::{Metrics, Stage};
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
@@ -40,7 +40,7 @@ use catalog::Catalog;
 use delivery::{GroupMember, StoredLetters, Surroundings};
 use filters::Filters;
 use groups::Groups;
-use ids::{Begun, Ids, Ticket};
+use ids::{Begun, Ids};
 use outage::Outage;
 
 /// How many notices a session may be behind; one that is further behind learns the present state instead.
@@ -182,14 +182,8 @@ impl Bridge {
                 Ok(Outcome::Known(published(Status::Ok, None)))
             }
             Lane::Durable => {
-                let known = match self.ids.begin(&route, topic, given, ts).await {
-                    // Whether it was stored before cannot be known now. What spools is taken all the same.
-                    Err(LaneError::Unavailable(_)) if route.outage == OnOutage::Spool => {
-                        Begun::New(Ticket::empty())
-                    }
-                    known => known.map_err(fault).map_err(refused)?,
-                };
-                let ticket = match known {
+                let known = self.ids.begin(&route, topic, given, ts).await;
+                let ticket = match known.map_err(fault).map_err(refused)? {
                     Begun::New(ticket) => ticket,
                     Begun::Duplicate(position) => {
                         self.metrics.duplicate(lane, &route.name);

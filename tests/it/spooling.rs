@@ -13,7 +13,7 @@ use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use tokio::task::JoinHandle;
 use twinspan::client::Client;
 use twinspan::lane::settings::DurableBackend;
-use twinspan::message::MessageId;
+use twinspan::message::{Draft, MessageId};
 
 use crate::brokers::{Broker, Options, left_out};
 use crate::harness::{PATIENCE, Plan, Span, draft, eventually, next, nothing, refused, soon};
@@ -215,6 +215,23 @@ async fn an_outage_under_load_is_spooled_through_in_order_and_each_message_is_st
     assert!(span.metric("twinspan_spool_drained_total") >= 4.0);
     eventually("all is well", async || span.metric(r#"twinspan_breaker_state{lane="durable"}"#) == 0.0).await;
     assert_eq!(span.get("/health").await.1["status"], "ok");
+    span.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_id_that_was_spooled_is_a_duplicate_during_the_outage_and_after_it() {
+    let Some(away) = away().await else { return };
+    let span = Span::with(away.plan()).await;
+    let client = span.client().await;
+    away.vanish();
+    lane_is(&span, "down").await;
+    let message = Draft { id: Some(MessageId::new()), ..draft("0") };
+    let publish = async || soon(client.publish("spools.a", &message)).await.unwrap().status.unwrap();
+    assert_eq!([publish().await, publish().await], ["spooled", "duplicate"]);
+    away.back();
+    is_drained(&span).await;
+    assert_eq!(publish().await, "duplicate");
+    assert_eq!(stored(&span, "spools.a").await, ["0"]);
     span.stop().await;
 }
 

@@ -24,7 +24,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::lane::contract::{DurableLane, LaneError};
 use crate::message::{MessageId, Position, Timestamp};
-use crate::policy::table::Route;
+use crate::policy::table::{OnOutage, Route};
 use crate::telemetry::metrics::Metrics;
 use crate::topic::Topic;
 use memory::{Kept, Known, UnderWay};
@@ -64,7 +64,8 @@ impl Ids {
     }
 
     /// Whether a message that was accepted at `ts`, with this id from its publisher, is a new one. Waits until that is
-    /// known, and no longer than for a publish: so whoever publishes one after the other keeps that order.
+    /// known, and no longer than for a publish: so whoever publishes one after the other keeps that order. Where it
+    /// cannot be known now and the route spools, it counts as new.
     pub async fn begin(
         &self,
         route: &Arc<Route>,
@@ -76,9 +77,10 @@ impl Ids {
             return Ok(Begun::New(Ticket(None)));
         };
         let deadline = Instant::now() + self.topics.timeout;
+        let mut is_unread = false;
         loop {
             let (place, placed) = oneshot::channel();
-            let known = match self.topics.begin(route, topic, (id, ts), placed) {
+            let known = match self.topics.begin(route, topic, (id, ts), placed, is_unread) {
                 Ok(outcome) => return Ok(Begun::New(Ticket(Some(Place { receipt: place, outcome })))),
                 Err(known) => known,
             };
@@ -94,7 +96,13 @@ impl Ids {
                         return Err(LaneError::OutcomeUnknown(why));
                     }
                 },
-                Known::Nothing => self.topics.read(topic, deadline).await?,
+                // Of too many topics.
+                Known::Nothing if is_unread => return Ok(Begun::New(Ticket(None))),
+                Known::Nothing => match self.topics.read(topic, deadline).await {
+                    // What spools is taken all the same, and what this bridge takes it remembers.
+                    Err(LaneError::Unavailable(_)) if route.outage == OnOutage::Spool => is_unread = true,
+                    read => read?,
+                },
                 Known::Unknown(_) => {
                     self.topics.look_through(route, topic, deadline).await.map_err(|error| {
                         let why = format!("an earlier try of message {id} had no answer, and now {error}");
@@ -119,11 +127,6 @@ impl Drop for Ids {
 }
 
 impl Ticket {
-    /// Nothing is remembered.
-    pub fn empty() -> Self {
-        Self(None)
-    }
-
     /// Keeps what becomes of what was appended with this ticket.
     pub fn of<F, K>(mut self, appended: Result<F, LaneError>) -> Result<Receipt<F>, LaneError>
     where

@@ -89,13 +89,14 @@ impl Topics {
     }
 
     /// An id is under way from now on, and its outcome is that of the receipt which is `placed`; or what is known of it
-    /// already, where `Nothing` says that storage has not been read.
+    /// already, where `Nothing` says that storage has not been read, and has to be unless it `is_unread` all the same.
     pub fn begin(
         self: &Arc<Self>,
         route: &Arc<Route>,
         topic: &Topic,
         (id, ts): (MessageId, Timestamp),
         placed: oneshot::Receiver<BoxFuture<'static, Kept>>,
+        is_unread: bool,
     ) -> Result<UnderWay, Known> {
         let (now, window) = (Instant::now(), route.dedup_window);
         let mut state = self.lock();
@@ -119,7 +120,7 @@ impl Topics {
         };
         let is_read = matches!(&*following.caught_up.borrow(), Some(Ok(())));
         given.following = Some(following);
-        if !is_read {
+        if !is_read && !is_unread {
             return Err(Known::Nothing);
         }
         given.under_way += 1;

@@ -3,13 +3,16 @@ SHELL := bash
 
 # real: the tests start a nats-server, a Pulsar and a Prometheus and use them too. none: the embedded lanes alone.
 BROKERS ?= real
+# What chaos draws its faults from, and for how long.
+SEED ?= $(shell echo $$RANDOM)
+MINUTES ?= 1
 
 compose := docker compose -f docker-compose.stack.yml
 docker_answers := docker info >/dev/null 2>&1
 # What must not come in, where cargo-deny is not there to read deny.toml.
 refused := openssl|openssl-sys|native-tls|async-std
 
-.PHONY: help run build check test soak bench compare up-stack down-stack health health-nats health-pulsar
+.PHONY: help run build check test soak chaos bench compare up-stack down-stack health health-nats health-pulsar
 
 help: ## lists what make can do here
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +46,10 @@ test: ## runs all tests, on the embedded lanes and on real brokers (BROKERS=none
 soak: ## runs all tests with their long rounds
 	@dev/brokers install
 	SOAK=1 TEST_BROKERS=real cargo test --release
+
+chaos: ## breaks brokers, network, disk and bridges under load, at random by SEED, for MINUTES
+	@dev/brokers install
+	SEED=$(SEED) MINUTES=$(MINUTES) TEST_BROKERS=real cargo test --test it -- --exact chaos::whatever_breaks_every_promise_holds --nocapture
 
 bench: ## measures the hot paths, and both embedded lanes without the bridge
 	@dev/brokers install protoc

@@ -91,7 +91,8 @@ impl Kind {
     fn ready_within(self) -> Duration {
         match self {
             Kind::Nats => Duration::from_secs(20),
-            Kind::Pulsar => Duration::from_secs(120),
+            // One that was killed looks for what it had, which takes minutes where others want the processors, too.
+            Kind::Pulsar => Duration::from_secs(240),
         }
     }
 }

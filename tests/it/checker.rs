@@ -193,6 +193,12 @@ impl History {
         found
     }
 
+    /// How many were said to be missing, by gaps that count.
+    pub fn announced(&self) -> u64 {
+        let heard = self.subscribers.iter().flat_map(|subscriber| &subscriber.heard);
+        heard.map(|heard| if let What::Gap(Some(dropped)) = heard.what { dropped } else { 0 }).sum()
+    }
+
     /// All that is known of a message, in the order of time.
     pub fn story(&self, name: &Name) -> String {
         let mut lines = Vec::new();

@@ -3,12 +3,16 @@
 // Clippy knows a test by its attribute; what the tests share may panic as they may.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod balancer;
 mod brokers;
 mod checker;
+mod crowd;
+mod fleet;
 mod harness;
 mod lanes;
 mod process;
 mod proxy;
+mod truth;
 
 mod architecture;
 mod clients;
@@ -17,6 +21,7 @@ mod both;
 mod bench;
 mod canary;
 mod clocks;
+mod chaos;
 mod defects;
 mod durable_contract;
 mod ephemeral_contract;
@@ -52,3 +57,4 @@ mod slow_clients;
 mod spooling;
 mod talking;
 mod terminal;
+mod three;

@@ -15,11 +15,13 @@ pub struct Process {
     pub listen: SocketAddr,
     pub admin: SocketAddr,
     child: Child,
+    log: Arc<Mutex<Vec<String>>>,
 }
 
 /// What a process takes of the machine.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Takes {
+    pub resident_kib: u64,
     pub descriptors: usize,
     /// Seconds of processor time since it began.
     pub processor: f64,
@@ -55,11 +57,15 @@ impl Process {
         };
         let (listen, admin) = (address("ws://"), address("http://"));
         keep(lines, Arc::default());
-        Self { listen, admin, child }
+        Self { listen, admin, child, log }
     }
 
     pub fn url(&self) -> String {
         format!("ws://{}/ws", self.listen)
+    }
+
+    pub fn http(&self, path: &str) -> String {
+        format!("http://{}{path}", self.listen)
     }
 
     /// SIGKILL.
@@ -81,8 +87,9 @@ impl Process {
         self.child.wait().await.unwrap()
     }
 
-    pub fn http(&self, path: &str) -> String {
-        format!("http://{}{path}", self.listen)
+    /// What it logged, as far as it was read.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
     }
 
     fn id(&self) -> u32 {
@@ -115,10 +122,10 @@ impl Process {
         // Behind the name, which stands in parentheses and may hold anything.
         let fields: Vec<u64> =
             stat.rsplit_once(") ")?.1.split(' ').map(|field| field.parse().unwrap_or(0)).collect();
-        let ticks = fields.get(11)? + fields.get(12)?;
+        let (ticks, pages) = (fields.get(11)? + fields.get(12)?, fields.get(21)?);
         let descriptors = std::fs::read_dir(format!("{dir}/fd")).ok()?.count();
-        // Linux counts in hundredths of a second where these tests run.
-        Some(Takes { descriptors, processor: ticks as f64 / 100.0 })
+        // Linux counts in hundredths of a second and pages of 4 KiB where these tests run.
+        Some(Takes { resident_kib: pages * 4, descriptors, processor: ticks as f64 / 100.0 })
     }
 }
 

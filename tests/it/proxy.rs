@@ -16,6 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Mutex, MutexGuard, OnceCell, watch};
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use crate::brokers::{Broker, Options};
 
@@ -30,7 +31,12 @@ enum Mode {
     Hold,
     /// What the broker says is lost; it hears everything.
     Swallow,
+    /// A thin line: little comes through at a time, and late.
+    Slow,
 }
+
+/// What a slow link takes at a time, and how long it needs for it.
+const SLOW: (usize, Duration) = (4 << 10, Duration::from_millis(20));
 
 /// Ends when it is dropped, and all connections with it. It has a thread and a runtime of its own, so that it may outlive
 /// the test that started it.
@@ -118,7 +124,7 @@ impl Proxy {
         let mut cutting = JoinSet::new();
         cutting.spawn(async move {
             loop {
-                tokio::time::sleep(period).await;
+                sleep(period).await;
                 cuts.send_modify(|cuts| *cuts += 1);
             }
         });
@@ -146,6 +152,11 @@ impl Proxy {
     /// No packet of the connections there are arrives any more, and no reset tells so; new ones are made as ever.
     pub fn lose(&self) {
         self.losses.send_modify(|losses| *losses += 1);
+    }
+
+    /// 200 KiB a second in each direction of each connection.
+    pub fn slow(&self) {
+        self.mode.send_replace(Mode::Slow);
     }
 
     pub fn resume(&self) {
@@ -248,7 +259,13 @@ async fn pump(
     are_answers: bool,
 ) {
     let mut bytes = vec![0; 64 << 10];
-    while let Ok(read @ 1..) = from.read(&mut bytes).await {
+    loop {
+        let is_slow = *mode.borrow() == Mode::Slow;
+        let most = if is_slow { SLOW.0 } else { bytes.len() };
+        let Ok(read @ 1..) = from.read(&mut bytes[..most]).await else { return };
+        if is_slow {
+            sleep(SLOW.1).await;
+        }
         if are_answers && *mode.borrow() == Mode::Swallow {
             continue;
         }

@@ -181,7 +181,7 @@ fn position(envelope: &Envelope) -> Position {
 }
 
 /// Asks Pulsar's admin API, which has to agree.
-async fn admin(broker: &Broker, method: Method, path: &str, body: Value) {
+pub async fn admin(broker: &Broker, method: Method, path: &str, body: Value) {
     twinspan::lane::install_crypto();
     let url = format!("{}/admin/v2/{path}", broker.admin_url());
     let mut request = Client::new().request(method, url).json(&body);

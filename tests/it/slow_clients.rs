@@ -1,5 +1,6 @@
 //! One slow, dead or hostile client changes nothing for another, and learns what it missed.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
@@ -18,10 +19,14 @@ on_both_kinds! {
 
 /// A client that reads only when it is told to, with next to no room in its socket.
 pub async fn unread(span: &Span) -> WebSocketStream<TcpStream> {
+    unread_from(span.running.listen).await
+}
+
+pub async fn unread_from(bridge: SocketAddr) -> WebSocketStream<TcpStream> {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4096).unwrap();
-    let stream = socket.connect(span.running.listen).await.unwrap();
-    tokio_tungstenite::client_async(span.url(), stream).await.unwrap().0
+    let stream = socket.connect(bridge).await.unwrap();
+    tokio_tungstenite::client_async(format!("ws://{bridge}/ws"), stream).await.unwrap().0
 }
 
 pub async fn hear(socket: &mut WebSocketStream<TcpStream>) -> Value {

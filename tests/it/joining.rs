@@ -29,7 +29,7 @@ fn runs(usual: u64, soak: u64) -> u64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn who_joins_while_others_publish_gets_every_sequence_complete_once_and_in_order() {
     let span = Span::start().await;
-    schedules(&[&span], runs(34, 334)).await;
+    schedules(&[&span], runs(100, 1000)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -37,7 +37,7 @@ async fn who_joins_on_either_of_two_bridges_gets_every_sequence_too() {
     let (Some(plan), Some(mut other)) = (Plan::on_brokers().await, Plan::on_brokers().await) else { return };
     (other.routes, other.own) = (plan.routes.clone(), plan.own.clone());
     let (one, other) = (Span::with(plan).await, Span::with(other).await);
-    schedules(&[&one, &other], runs(4, 17)).await;
+    schedules(&[&one, &other], runs(10, 50)).await;
 }
 
 async fn schedules(bridges: &[&Span], runs: u64) {

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use serde_json::json;
-use twinspan::message::MessageId;
 
 use crate::harness::{Span, draft, eventually, next_payload, nothing, on_both_kinds, soon};
 
@@ -19,18 +18,20 @@ fn series(span: &Span) -> BTreeSet<String> {
     samples.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
 }
 
-/// What a client may name is named anew each time: topics with and without a route, itself, ids, keys, filters.
+/// What a client may name is named anew each time: topics with and without a route, itself, keys, filters.
 async fn flood(span: &Span, from: usize, topics: usize, clients: usize) {
     let publisher = span.client().await;
-    for n in from..from + topics {
+    for n in from..=from + topics {
         let topic = ["telemetry", "orders", "both", "declared", "nowhere"][n % 5];
-        let message = json!({"id": MessageId::new().to_string(), "key": n.to_string(), "payload": n});
+        let message = json!({"key": n.to_string(), "payload": n});
         let topic = format!("{topic}.t{n}");
         let frame = json!({"type": "publish", "topic": topic, "confirm": false, "message": message});
         publisher.send(frame.to_string()).await.unwrap();
+        if (n - from).is_multiple_of(50) {
+            // Frames are taken one after the other: what was sent before this one is taken once it is acknowledged.
+            soon(publisher.publish("orders.end", &draft("0"))).await.unwrap();
+        }
     }
-    // Frames are taken one after the other, so all of them were once this one was.
-    soon(publisher.publish(&format!("orders.end{from}"), &draft("0"))).await.unwrap();
     for n in from..from + clients {
         let mut client = span.client().await;
         let options = json!({"client_id": format!("client-{n}"), "filter": format!("payload >= {n}")});

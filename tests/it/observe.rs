@@ -41,6 +41,22 @@ fn panels(dashboard: &Value) -> impl Iterator<Item = &Value> {
     dashboard["panels"].as_array().unwrap().iter().filter(|panel| panel["type"] != "row")
 }
 
+/// What is asked of Prometheus, and by what: annotations and panels.
+fn queries(dashboard: &Value) -> Vec<(&str, &str)> {
+    fn text(value: &Value) -> &str {
+        value.as_str().unwrap()
+    }
+    let annotations = dashboard["annotations"]["list"].as_array().unwrap().iter();
+    let annotations = annotations.map(|note| (text(&note["name"]), text(&note["expr"])));
+    let panels = panels(dashboard).flat_map(|panel| {
+        let targets = panel["targets"].as_array().unwrap().iter();
+        targets.map(|target| (text(&panel["title"]), text(&target["expr"])))
+    });
+    let queries: Vec<_> = annotations.chain(panels).collect();
+    assert!(queries.len() > 45, "{}", queries.len());
+    queries
+}
+
 /// Runs one of the tools of `dev/brokers` over `config/observe`.
 async fn succeeds(mut command: Command) {
     command.current_dir(file("config/observe")).stdin(Stdio::null());
@@ -116,6 +132,13 @@ fn panels_have_numbers_of_their_own_and_stand_beside_each_other() {
                 assert!(x < 24 && taken.insert((x, y)), "{} stands on another, or outside", panel["title"]);
             }
         }
+    }
+}
+
+#[test]
+fn every_query_is_of_the_instances_that_were_chosen() {
+    for (title, query) in queries(&dashboard()) {
+        assert!(query.contains("instance=~\"$instance\""), "{title}: {query}");
     }
 }
 
@@ -428,21 +451,13 @@ async fn every_panel_shows_what_happens_to_a_real_bridge() {
         assert!(!values.as_array().unwrap().is_empty(), "{query}");
     }
 
-    let annotations = dashboard["annotations"]["list"].as_array().unwrap().iter();
-    let annotations = annotations.map(|note| (note["name"].clone(), note["expr"].clone()));
-    let queries = panels(&dashboard).flat_map(|panel| {
-        let targets = panel["targets"].as_array().unwrap().iter();
-        targets.map(|target| (panel["title"].clone(), target["expr"].clone()))
-    });
-    let mut awaited: Vec<_> = annotations.chain(queries).collect();
-    assert!(awaited.len() > 45, "{}", awaited.len());
+    let mut awaited = queries(&dashboard);
     let until = Instant::now() + PATIENCE;
     loop {
         let mut lacking = Vec::new();
         for (title, query) in awaited {
-            let query_text = query.as_str().unwrap();
-            let is_bound = BOUNDS.iter().any(|bound| query_text.contains(bound));
-            match prometheus.shows(query_text).await {
+            let is_bound = BOUNDS.iter().any(|bound| query.contains(bound));
+            match prometheus.shows(query).await {
                 Shows::Moving => {}
                 Shows::Still if is_bound => {}
                 _ => lacking.push((title, query)),

@@ -254,7 +254,8 @@ impl Incoming for Followed {
 
 struct Membership {
     member: Arc<dyn Member>,
-    /// Acknowledgements that the lane has not confirmed yet, each of one message.
+    /// Acknowledgements that the lane has not confirmed yet: each message by itself, and those that came together in one
+    /// call, as the bridge does with what a turn of frames acknowledges.
     settling: FuturesUnordered<BoxFuture<'static, Result<(), LaneError>>>,
 }
 
@@ -267,12 +268,14 @@ impl Incoming for Membership {
                 Some(settled) = self.settling.next() => settled?,
             }
         };
+        let mut tags = Vec::with_capacity(handed.len());
         for handed in handed {
             let handed = handed?;
             into.push(number(&handed.envelope.message.payload)?);
-            let member = self.member.clone();
-            self.settling.push(async move { member.ack(vec![handed.tag]).await }.boxed());
+            tags.push(handed.tag);
         }
+        let member = self.member.clone();
+        self.settling.push(async move { member.ack(tags).await }.boxed());
         Ok(())
     }
 

@@ -81,9 +81,12 @@ impl Merge {
         if is_new {
             self.stored.insert(id);
         }
+        // Whichever bridge it came from: what was spooled has no number in storage.
+        for bridge in self.bridges.values_mut() {
+            bridge.held.retain(|held| held.message.id != Some(id));
+        }
         let Some(no) = LiveNo::of(&envelope.message) else { return (is_new, Vec::new()) };
         let Some(bridge) = self.bridge(no.bridge) else { return (is_new, Vec::new()) };
-        bridge.held.retain(|held| held.message.id != Some(id));
         match bridge.first {
             Some((first, _)) if !bridge.flows && no.number >= first => {
                 (is_new, self.let_flow(no.bridge, now))
@@ -171,6 +174,19 @@ mod tests {
         assert_eq!((is_new, numbers(&released)), (true, vec![4]));
         assert!(merge.live(five, now).is_some(), "from now on nothing waits");
         assert!(!merge.stored(&four, now).0);
+    }
+
+    #[test]
+    fn what_waits_and_comes_from_storage_without_its_number_is_not_brought_again() {
+        let (mut merge, now) = (Merge::new(Recent::default()), Instant::now());
+        let [one, two, three] = [1, 2, 3].map(message);
+        assert!([&one, &two].into_iter().all(|envelope| merge.live(envelope.clone(), now).is_none()));
+        let mut spooled = one.message.clone();
+        spooled.headers.remove(LIVE);
+        let spooled = Arc::new(Envelope::ephemeral(one.topic.clone(), spooled, None));
+        assert!(merge.stored(&spooled, now).0);
+        let (_, released) = merge.stored(&three, now);
+        assert_eq!(numbers(&released), [2]);
     }
 
     #[test]

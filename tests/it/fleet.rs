@@ -47,7 +47,6 @@ pub struct Most {
     pub resident_kib: u64,
     pub descriptors: usize,
     pub spool_bytes: f64,
-    pub unacked: f64,
 }
 
 impl Fleet {
@@ -204,11 +203,8 @@ impl Fleet {
             let mut most = self.bridges[bridge].most.lock().unwrap();
             most.resident_kib = most.resident_kib.max(takes.resident_kib);
             most.descriptors = most.descriptors.max(takes.descriptors);
-            let of = |name| truth::metric(text, name).unwrap_or(0.0);
-            most.spool_bytes = most.spool_bytes.max(of("twinspan_spool_bytes"));
-            let unacked = text.lines().filter(|line| line.starts_with("twinspan_unacked_messages{"));
-            let unacked = unacked.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum();
-            most.unacked = most.unacked.max(unacked);
+            let spool_bytes = truth::metric(text, "twinspan_spool_bytes").unwrap_or(0.0);
+            most.spool_bytes = most.spool_bytes.max(spool_bytes);
             truth::of_metrics(text)
         });
         tokio::join!(health, checks, metrics);

@@ -55,8 +55,7 @@ const UNDER_WAY: usize = 16;
 /// Who still has so many to publish again begins nothing new.
 const AGAIN: usize = 8;
 
-/// A namespace of its own, which de-duplicates: elsewhere what is sent again after a lost connection, or one that Pulsar
-/// closed to move a topic, may be stored twice.
+/// A namespace of its own, which de-duplicates: elsewhere what is sent again after a lost connection may be stored twice.
 pub async fn make_namespace(pulsar: &Broker, own: &str) {
     let path = format!("namespaces/public/{own}");
     admin(pulsar, Method::PUT, &path, Value::Null).await;

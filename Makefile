@@ -12,7 +12,7 @@ docker_answers := docker info >/dev/null 2>&1
 # What must not come in, where cargo-deny is not there to read deny.toml.
 refused := openssl|openssl-sys|native-tls|async-std
 
-.PHONY: help run build check test soak chaos bench compare up-stack down-stack health health-nats health-pulsar
+.PHONY: help run build check test soak chaos bench compare up-stack down-stack health health-nats health-pulsar console
 
 help: ## lists what make can do here
 	@awk -F ': .*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,9 @@ down-stack: ## stops what up-stack started; the data stays
 
 health: ## asks the running bridge how it and its lanes are: 0 well, 1 degraded, 2 down
 	@cargo run --quiet --release -- health
+
+console: ## says where the running bridge shows itself to a browser
+	@echo 'http://127.0.0.1:8091/ unless server.admin says otherwise'
 
 health-nats: ## asks NATS how it is
 	@dev/brokers health nats

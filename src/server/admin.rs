@@ -1,16 +1,17 @@
-//! HTTP for operators, on a listener of its own: metrics, health in full, routes, connections, reload.
+//! HTTP for operators, on a listener of its own: the console, metrics, health in full, routes, connections, reload.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
 use super::app::App;
+use super::console;
 use crate::bridge::canary::Standing;
 use crate::message::{Lane, Timestamp};
 use crate::topic::Topic;
@@ -33,10 +34,17 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/connections", get(connections))
         .route("/api/monitoring/ws", get(super::monitor::watch))
         .route("/topics/{topic}/groups/{group}", delete(delete_group))
+        .merge(console::routes())
 }
 
-async fn index() -> &'static str {
-    "twinspan, for operators: /metrics /health /livez /readyz /routes /explain/{topic} /connections /api/monitoring/ws, POST /reload, DELETE /topics/{topic}/groups/{group}\n"
+/// What there is here: for a terminal, unless a browser asks.
+const INDEX: &str = "twinspan, for operators: /metrics /health /livez /readyz /routes /explain/{topic} /connections /api/monitoring/ws, POST /reload, DELETE /topics/{topic}/groups/{group}, and the console to a browser\n";
+
+async fn index(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    if console::is_wanted(&headers) {
+        return console::page(&app, &headers);
+    }
+    ([(header::VARY, "accept")], INDEX).into_response()
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {

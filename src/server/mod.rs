@@ -8,6 +8,7 @@ mod accept;
 mod admin;
 pub mod app;
 mod brokers;
+mod console;
 mod gateway;
 mod monitor;
 mod rest;

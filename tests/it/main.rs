@@ -22,6 +22,7 @@ mod bench;
 mod canary;
 mod clocks;
 mod chaos;
+mod console;
 mod defects;
 mod durable_contract;
 mod ephemeral_contract;

@@ -188,7 +188,8 @@ async fn take_until_killed(mut client: Client, done_before: BTreeSet<u32>) -> Ta
 /// The group joins again and again until the lane is there to join it.
 async fn member(process: &Process) -> Client {
     let client = Client::connect(&process.url()).await.unwrap();
-    let group = json!({"group": "g", "from": "earliest", "prefetch": 1000});
+    // What nobody acknowledges is held in every round anew.
+    let group = json!({"group": "g", "from": "earliest", "prefetch": 10_000});
     eventually("the group is joined", async || client.subscribe("orders.acks", group.clone()).await.is_ok())
         .await;
     client
@@ -209,6 +210,8 @@ async fn nothing_done_comes_again_and_all_else_does(settings: &[String], pulsar:
             while let Ok(ack) = publisher.publish_in_line("orders.acks", &draft(n.to_string())).await {
                 under_way.push_back((n, ack));
                 n += 1;
+                // So fast only that what is never acknowledged fits into a prefetch.
+                tokio::time::sleep(Duration::from_millis(1)).await;
                 if under_way.len() < 64 {
                     continue;
                 }

@@ -113,17 +113,7 @@ async fn lane_check(app: &App, lane: Lane) -> Value {
 }
 
 async fn routes_in_force(State(app): State<Arc<App>>) -> Json<Value> {
-    let routes: Vec<_> = app
-        .bridge
-        .policy
-        .table()
-        .routes()
-        .iter()
-        .map(|route| {
-            json!({"name": &*route.name, "topic": route.pattern.as_str(), "lane": route.lane.as_str()})
-        })
-        .collect();
-    Json(json!({ "routes": routes }))
+    Json(json!({ "routes": app.routes() }))
 }
 
 async fn explain(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Response, Fault> {

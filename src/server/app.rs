@@ -144,6 +144,15 @@ impl App {
         described.collect()
     }
 
+    /// The routes in force.
+    pub fn routes(&self) -> Vec<Value> {
+        let table = self.bridge.policy.table();
+        let described = table.routes().iter().map(|route| {
+            json!({"name": &*route.name, "topic": route.pattern.as_str(), "lane": route.lane.as_str()})
+        });
+        described.collect()
+    }
+
     pub fn reload_report(&self) -> Value {
         let LastReload { at, ok, changes, problems } = self.reloader.last_reload();
         json!({"ok": ok, "at": at.to_string(), "changes": changes.to_string(), "problems": problems})

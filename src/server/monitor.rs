@@ -21,8 +21,9 @@ use tokio::sync::{Notify, broadcast, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use super::app::App;
+use super::rest::standing;
 use crate::bridge::Notice;
-use crate::message::{GroupMode, Lane, Timestamp};
+use crate::message::{Lane, Timestamp};
 use crate::policy::LastReload;
 use crate::telemetry::traffic::{Latency, Traffic};
 use crate::topic::Topic;
@@ -152,11 +153,7 @@ impl Monitor {
     fn snapshot(&self, app: &App, newest: &Newest) -> Utf8Bytes {
         let mut body = newest.body.clone();
         body.insert("type".into(), "snapshot".into());
-        let table = app.bridge.policy.table();
-        let routes = table.routes().iter().map(|route| {
-            json!({"name": &*route.name, "topic": route.pattern.as_str(), "lane": route.lane.as_str()})
-        });
-        body.insert("routes".into(), routes.collect());
+        body.insert("routes".into(), app.routes().into());
         body.insert("events".into(), self.recent().iter().cloned().collect());
         Value::Object(body).to_string().into()
     }
@@ -243,11 +240,10 @@ fn groups(app: &App) -> Vec<Value> {
     let table = app.bridge.policy.table();
     let reports = app.bridge.groups.reports().into_iter().take(GROUPS_MAX);
     let described = reports.map(|(topic, group)| {
-        json!({
-            "topic": topic.as_str(), "route": table.route_for(&topic).map(|route| &*route.name), "group": group.name,
-            "mode": group.mode.map(GroupMode::as_str), "members": group.members, "backlog": group.backlog,
-            "unacked": group.unacked, "oldest_age_ms": group.oldest.map(|oldest| oldest.age().as_millis() as u64),
-        })
+        let mut about = standing(&group);
+        about["topic"] = topic.as_str().into();
+        about["route"] = table.route_for(&topic).map(|route| &*route.name).into();
+        about
     });
     described.collect()
 }

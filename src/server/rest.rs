@@ -119,7 +119,8 @@ async fn described(app: &App, known: Known, route: Arc<Route>, in_full: bool) ->
     topic
 }
 
-fn standing(group: &GroupReport) -> Value {
+/// How a group stands, wherever it is told.
+pub fn standing(group: &GroupReport) -> Value {
     json!({
         "group": group.name, "mode": group.mode.map(GroupMode::as_str), "members": group.members,
         "backlog": group.backlog, "unacked": group.unacked,

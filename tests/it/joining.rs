@@ -20,6 +20,8 @@ const JOINERS: usize = 4;
 const LANES: [&str; 3] = ["orders", "both", "first"];
 /// Schedules that run side by side.
 const AT_ONCE: usize = 4;
+/// Schedules whose topics one pattern covers: who subscribes to it opens them all.
+const COVERED: u64 = 16;
 
 /// Schedules for each of the lanes.
 fn runs(usual: u64, soak: u64) -> u64 {
@@ -50,7 +52,8 @@ async fn schedules(bridges: &[&Span], runs: u64) {
 
 async fn schedule(bridges: &[&Span], lane: &str, seed: u64) {
     let mut random = Rng::with_seed(seed);
-    let topic = format!("{lane}.s{seed}");
+    let family = format!("{lane}.f{}", seed / COVERED);
+    let topic = format!("{family}.s{seed}");
     // The last messages go out once everyone is there.
     let joined = Arc::new(Barrier::new(PUBLISHERS + JOINERS));
     let publishers: Vec<_> = (0..PUBLISHERS).map(|publisher| {
@@ -79,17 +82,23 @@ async fn schedule(bridges: &[&Span], lane: &str, seed: u64) {
     }).collect();
     let joiners: Vec<_> = (0..JOINERS)
         .map(|_| {
-            let (random, topic, joined) = (random.fork(), topic.clone(), joined.clone());
-            async move { join(bridges, (lane, seed, &topic), random, &joined).await }
+            let (random, family, topic, joined) = (random.fork(), &family, &topic, joined.clone());
+            async move { join(bridges, (lane, seed), (family, topic), random, &joined).await }
         })
         .collect();
     tokio::join!(join_all(publishers), join_all(joiners));
 }
 
-async fn join(bridges: &[&Span], (lane, seed, topic): (&str, u64, &str), mut random: Rng, joined: &Barrier) {
+async fn join(
+    bridges: &[&Span],
+    (lane, seed): (&str, u64),
+    (family, topic): (&str, &str),
+    mut random: Rng,
+    joined: &Barrier,
+) {
     let mut client = bridges[random.usize(..bridges.len())].client().await;
     tokio::time::sleep(Duration::from_millis(random.u64(0..40))).await;
-    let pattern = if random.bool() { topic.to_owned() } else { format!("{lane}.*") };
+    let pattern = if random.bool() { topic.to_owned() } else { format!("{family}.*") };
     // Of a pattern each schedule beside this one would come along.
     let mut asked = json!({"filter": format!("topic == '{topic}'")});
     let start = random.u8(0..3);

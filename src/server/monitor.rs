@@ -1,8 +1,8 @@
 //! The monitoring socket: how the bridge is, every two seconds, and what happens, when it happens.
 //!
 //! ```text
-//! app ──every 2 s──▶ the newest body ─────────┐
-//! bridge, routes ──at once──▶ events, bounded ─┴──▶ a watcher's socket
+//! app ──every 2 s──▶ the newest body ──a little behind──┐
+//! bridge, routes ──at once──▶ events, bounded ──────────┴──▶ a watcher's socket
 //! ```
 //! A watcher that is slow finds the newest body when it gets round to it, and never a queue of old ones. One that missed
 //! events gets a new snapshot, which holds the last of them.
@@ -18,7 +18,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Notify, broadcast, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use super::app::App;
 use super::rest::standing;
@@ -278,6 +278,9 @@ async fn serve(app: Arc<App>, mut socket: WebSocket) -> Option<()> {
     }
     let mut events = app.monitor.events.subscribe();
     let mut frame = app.monitor.snapshot(&app, &newest.borrow_and_update().clone());
+    // Each at a moment of its own: a hundred that are written to at once would hold up the messages of clients.
+    let behind = EVERY.mul_f64(fastrand::f64());
+    let mut due = None;
     loop {
         timeout(WRITE_TIMEOUT, socket.send(Message::Text(frame))).await.ok()?.ok()?;
         frame = loop {
@@ -293,6 +296,10 @@ async fn serve(app: Arc<App>, mut socket: WebSocket) -> Option<()> {
                 },
                 changed = newest.changed() => {
                     changed.ok()?;
+                    due.get_or_insert(Instant::now() + behind);
+                }
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                    due = None;
                     break newest.borrow_and_update().frame.clone();
                 }
                 said = socket.recv() => match said {

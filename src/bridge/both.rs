@@ -75,16 +75,26 @@ impl Both {
     }
 
     /// As the durable lane's `append`, for topics of either kind.
-    pub async fn append(
+    pub fn append<'a>(
+        &'a self,
+        route: &'a Arc<Route>,
+        topic: &'a Topic,
+        message: Message,
+        publisher: Publisher,
+    ) -> BoxFuture<'a, Result<Receipt, LaneError>> {
+        match route.lane {
+            Lanes::Both => Box::pin(self.append_to_both(route, topic, message, publisher)),
+            Lanes::One(_) => self.durable.append(route, topic, message, publisher),
+        }
+    }
+
+    async fn append_to_both(
         &self,
         route: &Arc<Route>,
         topic: &Topic,
         mut message: Message,
         publisher: Publisher,
     ) -> Result<Receipt, LaneError> {
-        if route.lane != Lanes::Both {
-            return self.durable.append(route, topic, message, publisher).await;
-        }
         headers::check(&message)?;
         let line = self.line(topic);
         let _turn = line.turn.lock().await;

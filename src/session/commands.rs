@@ -1,6 +1,7 @@
 //! What a client may say, and what is done about it.
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
@@ -41,16 +42,17 @@ struct Acking {
 const OPENINGS_MAX: usize = 16;
 
 impl Reader {
-    /// Does what was asked, or sees to it that it is answered later.
+    /// Does what was asked, or sees to it that it is answered later. What waits for more than a publish does is on the
+    /// heap: a future is moved whole, and every publish would move kilobytes.
     pub(super) async fn command(&mut self, request_id: RequestId, command: Command) -> Result<(), Fault> {
         match command {
             Command::Publish { topic, draft, confirm } => {
                 self.publish(request_id, topic, draft, confirm).await
             }
             Command::PublishMany { topic, drafts, confirm } => {
-                self.publish_many(request_id, topic, drafts, confirm).await
+                Box::pin(self.publish_many(request_id, topic, drafts, confirm)).await
             }
-            Command::Subscribe(subscribe) => self.subscribe(request_id, subscribe).await,
+            Command::Subscribe(subscribe) => Box::pin(self.subscribe(request_id, subscribe)).await,
             Command::Unsubscribe { pattern, group } => self.unsubscribe(request_id, pattern, group),
             Command::Request { topic, draft, timeout } => {
                 // The codec refuses a request that its answer could not name.
@@ -74,7 +76,7 @@ impl Reader {
                     Fault::new(Code::Forbidden, message)
                 })?;
                 let bridge = self.session.bridge.clone();
-                self.while_answering(async move { bridge.reply(&to, draft).await }).await
+                self.while_answering(Box::pin(async move { bridge.reply(&to, draft).await })).await
             }
             Command::Ack { deliveries } => {
                 self.ack(request_id, &deliveries);
@@ -127,8 +129,10 @@ impl Reader {
         self.fits(&draft)?;
         let bridge = self.session.bridge.clone();
         let (publisher, heard) = (Publisher(self.session.id), self.heard.take());
-        let publishing = bridge.publish(&topic, draft, publisher, heard.map(Instant::into_std));
-        let outcome = self.while_answering(publishing).await?;
+        let outcome = {
+            let publishing = pin!(bridge.publish(&topic, draft, publisher, heard.map(Instant::into_std)));
+            self.while_answering(publishing).await?
+        };
         let failed = request_id.clone();
         let answer = move |published: Published| {
             confirm.then(|| {
@@ -197,7 +201,7 @@ impl Reader {
             }
             outcomes
         };
-        let outcomes = self.while_answering(places).await;
+        let outcomes = self.while_answering(pin!(places)).await;
         let under_way = self.listed.under_way(outcomes.len());
         self.pending.push(Box::pin(async move {
             let results = outcomes.into_iter().map(|outcome| async {
@@ -307,13 +311,13 @@ impl Reader {
         }
         let feeds = self.session.feeds.opening.clone();
         let _opening = match subscription.group.is_none() && subscription.takes(Lane::Durable) {
-            true => Some(self.while_answering(feeds.lock()).await),
+            true => Some(self.while_answering(pin!(feeds.lock())).await),
             false => None,
         };
         // Taken before anything is opened: whoever resumes at this time misses nothing.
         let ts = Timestamp::now();
         let opening = open(subscription.clone(), start.clone());
-        let mut opened = match self.while_answering(opening).await {
+        let mut opened = match self.while_answering(pin!(opening)).await {
             Ok(opened) => opened,
             Err(fault) => {
                 subscription.end();
@@ -354,7 +358,7 @@ impl Reader {
     async fn filter(&mut self, text: String) -> Result<Arc<Filter>, Fault> {
         let bridge = self.session.bridge.clone();
         let parsing = tokio::task::spawn_blocking(move || bridge.filters.get(&text));
-        let parsed = self.while_answering(parsing).await;
+        let parsed = self.while_answering(pin!(parsing)).await;
         let parsed = parsed.map_err(|error| Fault::new(Code::Internal, format!("filter: {error}")))?;
         parsed.map_err(|error| Fault::bad_request(error.to_string()))
     }
@@ -425,7 +429,7 @@ impl Reader {
             .map(|(key, subscription)| (key.clone(), subscription.clone()))
             .collect();
         let opening = self.session.feeds.opening.clone();
-        let _opening = self.while_answering(opening.lock()).await;
+        let _opening = self.while_answering(pin!(opening.lock())).await;
         let mut moving = Vec::new();
         for (key, old) in moved {
             self.subscriptions.remove(&key);
@@ -445,7 +449,7 @@ impl Reader {
             // What was stored since the routes changed is not missed.
             let opening = open(new.clone(), Start::Time(at));
             let old = (!is_group).then_some(old);
-            match self.while_answering(opening).await {
+            match self.while_answering(pin!(opening)).await {
                 Ok(opened) => moving.push((key, old, new, opened)),
                 Err(fault) => {
                     new.end();

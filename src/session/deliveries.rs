@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use foldhash::fast::RandomState;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
@@ -28,7 +29,8 @@ pub struct Deliveries {
 #[derive(Default)]
 struct Numbered {
     last: u64,
-    held: HashMap<u64, Held>,
+    /// By numbers of our own, which nobody can choose so that they collide.
+    held: HashMap<u64, Held, RandomState>,
     /// Those of `held` that may not be held for ever.
     due: BTreeSet<(Instant, u64)>,
     /// Whether the timer runs, and for when it is set: it may find there that what was due is settled.

@@ -233,8 +233,7 @@ impl Reader {
     }
 
     /// Waits for a step of a command while the answers to others go out.
-    pub async fn while_answering<T>(&mut self, step: impl Future<Output = T>) -> T {
-        tokio::pin!(step);
+    pub async fn while_answering<T>(&mut self, mut step: impl Future<Output = T> + Unpin) -> T {
         loop {
             tokio::select! {
                 done = &mut step => return done,

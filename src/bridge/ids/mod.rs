@@ -73,9 +73,19 @@ impl Ids {
         given: Option<MessageId>,
         ts: Timestamp,
     ) -> Result<Begun, LaneError> {
-        let Some(id) = given.filter(|_| !route.dedup_window.is_zero()) else {
-            return Ok(Begun::New(Ticket(None)));
-        };
+        match given.filter(|_| !route.dedup_window.is_zero()) {
+            None => Ok(Begun::New(Ticket(None))),
+            Some(id) => Box::pin(self.look_up(route, topic, id, ts)).await,
+        }
+    }
+
+    async fn look_up(
+        &self,
+        route: &Arc<Route>,
+        topic: &Topic,
+        id: MessageId,
+        ts: Timestamp,
+    ) -> Result<Begun, LaneError> {
         let deadline = Instant::now() + self.topics.timeout;
         let mut is_unread = false;
         loop {

@@ -123,7 +123,7 @@ impl Outage {
     ) -> Result<BoxFuture<'static, Result<Kept, LaneError>>, LaneError> {
         // What a route spooled before it was changed is still before what comes now.
         if route.outage == OnOutage::Spool || self.has_line(topic) {
-            return self.line_up(route, topic, message, publisher).await;
+            return Box::pin(self.line_up(route, topic, message, publisher)).await;
         }
         let shared = self.0.clone();
         let pass = shared.breaker.admit(topic).map_err(|open| open.on_lane())?;

@@ -99,16 +99,19 @@ impl Shared {
         doing: impl Future<Output = Result<T, LaneError>>,
     ) -> Result<T, LaneError> {
         let mut doing = pin!(doing);
-        // What need not wait needs to watch nothing.
+        // What need not wait needs to watch nothing, nor the room for it.
         if let std::task::Poll::Ready(done) = poll!(doing.as_mut()) {
             return done;
         }
         let mut state = self.state.clone();
-        tokio::select! {
-            biased;
-            done = doing => done,
-            why = durable_down(&mut state) => Err(LaneError::Unavailable(why)),
-        }
+        Box::pin(async {
+            tokio::select! {
+                biased;
+                done = doing => done,
+                why = durable_down(&mut state) => Err(LaneError::Unavailable(why)),
+            }
+        })
+        .await
     }
 
     pub fn lock(&self) -> MutexGuard<'_, HashMap<Topic, Arc<mpsc::Sender<Asked>>>> {

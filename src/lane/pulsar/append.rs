@@ -100,18 +100,39 @@ impl Producers {
             return Err(LaneError::TooLarge { size, max });
         }
         let now = Instant::now();
-        // What a message seldom needs is on the heap: else every message would carry the room for it.
-        let (producer, partition) = match self.known(route, topic, now) {
-            Some(producer) => (producer, None),
-            None => Box::pin(self.find(route, topic, &message, publisher, now)).await?,
-        };
-        let partition = partition.map(|partition| (partition, message.ts));
         let (done, stored) = oneshot::channel();
         let ticket = Ticket { done, deadline: now + self.common.timeout, bytes: size as u32 };
-        if let Some((message, ticket)) = self.try_put(&producer, message, ticket) {
-            Box::pin(self.wait_to_put(producer, message, ticket)).await?;
-        }
+        let known = self.known(route, topic, now);
+        let put = match &known {
+            Some(producer) => self.try_put(producer, message, ticket),
+            None => Some((message, ticket)),
+        };
+        // What a message seldom needs is on the heap: else every message would carry the room for it.
+        let partition = match put {
+            None => None,
+            Some(back) => Box::pin(self.find_and_wait(known, route, topic, back, publisher)).await?,
+        };
         Ok(Receipt { stored, partition })
+    }
+
+    /// Puts it in the line of the partition that is found for it, or waits for room in the one that is known.
+    async fn find_and_wait(
+        &self,
+        known: Option<Arc<Producer>>,
+        route: &Arc<Route>,
+        topic: &Topic,
+        (message, ticket): (Message, Ticket),
+        publisher: Publisher,
+    ) -> Result<Option<(u32, Timestamp)>, LaneError> {
+        let (producer, partition) = match known {
+            Some(producer) => (producer, None),
+            None => self.find(route, topic, &message, publisher, Instant::now()).await?,
+        };
+        let partition = partition.map(|partition| (partition, message.ts));
+        if let Some((message, ticket)) = self.try_put(&producer, message, ticket) {
+            self.wait_to_put(producer, message, ticket).await?;
+        }
+        Ok(partition)
     }
 
     fn known(&self, route: &Arc<Route>, topic: &Topic, now: Instant) -> Option<Arc<Producer>> {

@@ -66,9 +66,9 @@ impl Consumer {
         !self.session.is_lost()
     }
 
-    pub async fn permit(&self, messages: u32) -> Result<(), Fault> {
+    pub fn permit(&self, messages: u32) -> impl Future<Output = Result<(), Fault>> + Send + use<'_> {
         let flow = CommandFlow { consumer_id: self.id, message_permits: messages };
-        self.session.send(&BaseCommand { flow: Some(flow), ..command(Type::Flow) }).await
+        self.session.send(&BaseCommand { flow: Some(flow), ..command(Type::Flow) })
     }
 
     /// Acknowledges and waits until the broker has recorded it. Borrows nothing, so that many can be under way.
@@ -98,7 +98,10 @@ impl Consumer {
     }
 
     /// Has the broker deliver entries again, to any consumer of the subscription.
-    pub async fn redeliver(&self, ids: Vec<MessageIdData>) -> Result<(), Fault> {
+    pub fn redeliver(
+        &self,
+        ids: Vec<MessageIdData>,
+    ) -> impl Future<Output = Result<(), Fault>> + Send + use<'_> {
         let redeliver = CommandRedeliverUnacknowledgedMessages {
             consumer_id: self.id,
             message_ids: ids,
@@ -108,7 +111,7 @@ impl Consumer {
             redeliver_unacknowledged_messages: Some(redeliver),
             ..command(Type::RedeliverUnacknowledgedMessages)
         };
-        self.session.send(&redeliver).await
+        self.session.send(&redeliver)
     }
 
     /// The id of the newest message of the topic; `None` where it holds none.

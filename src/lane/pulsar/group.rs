@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use foldhash::fast::RandomState;
 use futures_util::future::try_join_all;
 use pulsar::proto::command_subscribe::InitialPosition;
 use tokio::sync::{Barrier, Notify, mpsc, oneshot};
@@ -48,8 +49,8 @@ pub struct Desk {
 struct Papers {
     /// Bounded by the permits that the shares give.
     ready: VecDeque<Result<Handed, LaneError>>,
-    /// What the client has and has not settled.
-    held: HashSet<Tag>,
+    /// What the client has and has not settled, by places that the broker numbers.
+    held: HashSet<Tag, RandomState>,
     failed: Option<LaneError>,
     /// How many messages of each partition are acknowledged in entries of which others are left.
     within: BTreeMap<u32, u64>,

@@ -10,17 +10,17 @@ use crate::config::{self, Sources};
 use crate::lane;
 use crate::policy::Reloader;
 use crate::server::{Carriers, Running};
-use crate::telemetry::log_to_stderr;
+use crate::telemetry::log;
 use crate::telemetry::metrics::Metrics;
 
 pub async fn serve(sources: &Sources) -> Result<()> {
-    log_to_stderr();
     // The first thing, so that no signal finds nobody listening.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
 
     let settings = config::load(sources).map_err(|problems| problems::as_error(&problems))?;
+    log::to_stderr(&settings.log);
     let loaded = config::load_routes(&settings).map_err(|problems| problems::as_error(&problems))?;
     let metrics = Arc::new(Metrics::new());
     let reloader = Reloader::new(settings.server.routes.clone(), loaded, metrics.clone());

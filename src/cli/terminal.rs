@@ -8,7 +8,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::client::{Options, Twinspan};
 use crate::message::{GroupMode, Start};
-use crate::telemetry::log_to_stderr;
+use crate::telemetry::log::{self, LogSettings};
 
 #[derive(Args)]
 pub struct Target {
@@ -20,7 +20,7 @@ pub struct Target {
 impl Target {
     /// Fails at once where there is no bridge. One that goes away later is waited for, and the log says so.
     pub async fn connect(&self) -> Result<Twinspan> {
-        log_to_stderr();
+        log::to_stderr(&LogSettings::of_environment().map_err(anyhow::Error::msg)?);
         Ok(Twinspan::connect(&self.url, Options::default()).await?)
     }
 }

@@ -1,7 +1,7 @@
 //! The layers of the settings, taken apart into single values.
 //!
 //! ```text
-//! defaults ◂ --config FILE … ◂ TWINSPAN_… ◂ --set key=value        a later layer wins, value by value
+//! defaults ◂ --config FILE … ◂ TWINSPAN_… ◂ --set key=value ◂ RUST_LOG        a later layer wins, value by value
 //! ```
 //! Each value is a figment provider of its own and is tried alone on the defaults: one that is wrong is reported at
 //! the place where it was written, and hides no other.
@@ -16,6 +16,7 @@ use toml_edit::{Item, TableLike};
 
 use super::settings::Settings;
 use crate::origin::{Origin, Problem, Source, nearest};
+use crate::telemetry::log;
 
 pub const VARIABLE_PREFIX: &str = "TWINSPAN_";
 pub const SECRETS: [&str; 3] = ["lanes.ephemeral.token", "lanes.ephemeral.password", "lanes.durable.token"];
@@ -67,6 +68,17 @@ pub fn from_variable(name: &str, value: &str, layer: usize) -> Vec<Leaf> {
         return Vec::new();
     }
     typed(&key.to_lowercase().replace("__", "."), value, Origin::Variable(name.into()), layer)
+}
+
+/// `RUST_LOG` is `log.filter`, and the last to say so.
+pub fn from_log_variable(name: &str, value: &str, layer: usize) -> Option<Leaf> {
+    (name == log::VARIABLE && !value.is_empty()).then(|| Leaf {
+        key: "log.filter".into(),
+        value: value.into(),
+        at: Origin::Variable(name.into()),
+        layer,
+        typed: None,
+    })
 }
 
 /// `server.listen=127.0.0.1:8090`, from the command line.

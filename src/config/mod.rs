@@ -28,7 +28,7 @@ const DEFAULT_FILE: &str = "config/twinspan.toml";
 pub struct Sources {
     /// `--config`, in order.
     pub files: Vec<PathBuf>,
-    /// The environment; only our variables in it are looked at.
+    /// The environment; only our variables in it are looked at, and `RUST_LOG`.
     pub variables: Vec<(String, String)>,
     /// `--set`, in order.
     pub set: Vec<String>,
@@ -142,6 +142,9 @@ fn collect(sources: &Sources, files: &[(PathBuf, String)], problems: &mut Vec<Pr
     for (at, text) in sources.set.iter().enumerate() {
         add(layers::from_argument(text, files.len() + 1 + at));
     }
+    let last = files.len() + 1 + sources.set.len();
+    let log = sources.variables.iter().find_map(|(name, value)| layers::from_log_variable(name, value, last));
+    add(Ok(log.into_iter().collect()));
     // A variable that holds a secret may have our prefix without being a setting.
     let holders: Vec<_> = leaves.iter().filter_map(secret_variable).collect();
     leaves.retain(|leaf| !holders.contains(&leaf.at));

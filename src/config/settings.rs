@@ -12,6 +12,7 @@ use crate::message::Lane;
 use crate::origin::Origin;
 use crate::policy::explain::Shown;
 use crate::session::settings::SessionSettings;
+use crate::telemetry::log::LogSettings;
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -19,6 +20,7 @@ pub struct Settings {
     pub server: ServerSettings,
     pub lanes: LaneSettings,
     pub session: SessionSettings,
+    pub log: LogSettings,
     /// Who said what; what nobody said is not in it.
     #[serde(skip)]
     pub origins: BTreeMap<String, Origin>,

@@ -38,6 +38,7 @@ mod joining;
 mod journal;
 mod killed;
 mod live;
+mod logs;
 mod monitoring;
 mod metrics;
 mod natives;

@@ -44,8 +44,7 @@ impl Process {
             command.args(["--set", setting]);
         }
         command.current_dir(dir).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-        command.envs(environment.iter().copied());
-        let mut child = command.env("RUST_LOG", "warn").spawn().unwrap();
+        let mut child = command.env("RUST_LOG", "warn").envs(environment.iter().copied()).spawn().unwrap();
         let log = Arc::<Mutex<Vec<String>>>::default();
         keep(BufReader::new(child.stderr.take().unwrap()).lines(), log.clone());
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();

@@ -277,6 +277,36 @@ fn settings_that_do_not_go_together_are_refused_where_they_were_written() {
 }
 
 #[test]
+fn a_log_format_or_filter_that_is_none_is_refused_where_it_was_written() {
+    let found = told(from_file("[log]\nformat = \"text\"\nfilter = \"info,twinspan=loud\"\n").unwrap_err());
+    assert_eq!(found.len(), 2, "{found:#?}");
+    assert_eq!(found[0], "t.toml:2: log.format: expected \"pretty\" or \"json\", found \"text\"");
+    assert!(found[1].starts_with("t.toml:3: log.filter: \"info,twinspan=loud\" is no filter ("), "{found:?}");
+    // As a target it would be right, and silence everything.
+    let found = told(from_set(&["log.filter=inof"]).unwrap_err());
+    assert_eq!(found, ["--set log.filter: \"inof\" is no level; did you mean \"info\"?"]);
+    for good in ["off", "WARN", "twinspan::lane=debug,info", "twinspan", "[{topic}]=debug"] {
+        assert!(from_set(&[&format!("log.filter={good}")]).is_ok(), "{good}");
+    }
+}
+
+#[test]
+fn rust_log_is_the_filter_where_it_is_set_and_is_held_to_the_same() {
+    let with = |value: &str| {
+        let variables = vec![
+            ("TWINSPAN_LOG__FILTER".to_owned(), "debug".to_owned()),
+            ("RUST_LOG".to_owned(), value.to_owned()),
+        ];
+        config::load(&Sources { variables, set: vec!["log.filter=warn".into()], ..Sources::default() })
+    };
+    let filter = |value: &str| String::from(with(value).unwrap().log.filter);
+    assert_eq!([filter("trace"), filter("")], ["trace", "warn"]);
+    assert_eq!(with("trace").unwrap().origin("log.filter").to_string(), "RUST_LOG");
+    let found = told(with("debgu").unwrap_err());
+    assert_eq!(found, ["RUST_LOG: log.filter: \"debgu\" is no level; did you mean \"debug\"?"]);
+}
+
+#[test]
 fn a_secret_is_in_a_file_or_a_variable_and_is_never_repeated() {
     let directory = TempDir::new().unwrap();
     let secret = file(&directory, "secret", "hunter2\n");

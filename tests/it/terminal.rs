@@ -89,6 +89,12 @@ async fn pub_and_sub_talk_through_the_bridge() {
     let output = run(here, &["pub", "--url", "ws://127.0.0.1:1/ws", "orders.t", "1"]).await;
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("cannot connect to ws://127.0.0.1:1/ws"));
+    let mut deaf = twinspan(here);
+    let output =
+        soon(deaf.args(["pub", "--url", &url, "orders.t", "1"]).env("RUST_LOG", "wran").output()).await;
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("RUST_LOG: \"wran\" is no level"), "{}", text(&output.stderr));
 }
 
 #[tokio::test]

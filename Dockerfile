@@ -9,7 +9,7 @@ COPY . .
 # sources does not compile the dependencies again. They are not part of the image: hence the copy.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked && cp target/release/twinspan /usr/local/bin/
+    cargo build --release --locked --all-features && cp target/release/twinspan /usr/local/bin/
 
 FROM debian:bookworm-slim
 RUN apt-get update \

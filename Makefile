@@ -28,7 +28,8 @@ build: ## builds the release binary
 check: ## checks format, lints and the rules for dependencies
 	@dev/brokers install protoc
 	cargo fmt --check
-	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --all-features -- -D warnings
+	cargo clippy -- -D warnings
 	@if command -v cargo-deny >/dev/null || cargo install --locked --quiet cargo-deny; then \
 	  echo 'cargo deny check bans licenses sources'; cargo deny check bans licenses sources; \
 	elif ! tree=$$(cargo tree --locked --prefix none --target all); then exit 1; \
@@ -40,16 +41,16 @@ check: ## checks format, lints and the rules for dependencies
 
 test: ## runs all tests, on the embedded lanes and on real brokers (BROKERS=none leaves those out)
 	@dev/brokers install $(if $(filter none,$(BROKERS)),protoc)
-	TEST_BROKERS=$(BROKERS) cargo test
+	TEST_BROKERS=$(BROKERS) cargo test --all-features
 	@if [ $(BROKERS) = none ]; then echo 'Not run, because BROKERS=none: the tests on a real nats-server, Pulsar and Prometheus.'; fi
 
 soak: ## runs all tests with their long rounds
 	@dev/brokers install
-	SOAK=1 TEST_BROKERS=real cargo test --release
+	SOAK=1 TEST_BROKERS=real cargo test --release --all-features
 
 chaos: ## breaks brokers, network, disk and bridges under load, at random by SEED, for MINUTES
 	@dev/brokers install
-	SEED=$(SEED) MINUTES=$(MINUTES) TEST_BROKERS=real cargo test --test it -- --exact chaos::whatever_breaks_every_promise_holds --nocapture
+	SEED=$(SEED) MINUTES=$(MINUTES) TEST_BROKERS=real cargo test --all-features --test it -- --exact chaos::whatever_breaks_every_promise_holds --nocapture
 
 bench: ## measures the hot paths, and both embedded lanes without the bridge
 	@dev/brokers install protoc

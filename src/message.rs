@@ -230,6 +230,39 @@ impl fmt::Display for LiveNo {
     }
 }
 
+/// The header by which a publisher says which trace its message belongs to (W3C Trace Context). It crosses as it came.
+pub const TRACEPARENT: &str = "traceparent";
+
+/// A span of a trace that is recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TraceParent {
+    pub trace: [u8; 16],
+    pub span: [u8; 8],
+}
+
+impl TraceParent {
+    /// What the publisher's own span was: `None` where its header is not valid, or says that nobody records the trace.
+    pub fn sampled(headers: &Headers) -> Option<Self> {
+        let mut fields = headers.get(TRACEPARENT)?.split('-');
+        let is_hex = |field: &&str| field.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let mut field = |digits: usize| fields.next().filter(|f| f.len() == digits).filter(is_hex);
+        let (version, trace, span, flags) = (field(2)?, field(32)?, field(16)?, field(2)?);
+        // A version to come may have more fields behind these; the one there is has none.
+        if version == "ff" || version == "00" && fields.next().is_some() {
+            return None;
+        }
+        let trace = u128::from_str_radix(trace, 16).ok().filter(|trace| *trace != 0)?;
+        let span = u64::from_str_radix(span, 16).ok().filter(|span| *span != 0)?;
+        let is_sampled = u8::from_str_radix(flags, 16).is_ok_and(|flags| flags & 1 == 1);
+        is_sampled.then_some(Self { trace: trace.to_be_bytes(), span: span.to_be_bytes() })
+    }
+
+    /// Another span of the trace.
+    pub fn another(self) -> Self {
+        Self { span: fastrand::u64(1..).to_be_bytes(), ..self }
+    }
+}
+
 /// The publisher's own fields: a flat map, carried in NATS headers and Pulsar properties.
 pub type Headers = BTreeMap<String, String>;
 
@@ -304,7 +337,9 @@ pub struct Envelope {
     pub stored: Option<Stored>,
     /// On a request.
     pub reply_to: Option<ReplyTo>,
-    /// When the lane brought it, of one in so many.
+    /// Where its trace is recorded, whether this bridge exports any or not.
+    pub trace: Option<TraceParent>,
+    /// When the lane brought it, of one in so many and of what is traced.
     pub brought: Option<Instant>,
     /// The event as `wire` encoded it: whoever needs it first makes it, the others share it.
     encoded: OnceLock<Bytes>,
@@ -312,9 +347,10 @@ pub struct Envelope {
     verdicts: Mutex<Vec<(u64, bool)>>,
 }
 
-/// Of one event in sixteen it is timed what becomes of it: for each it would cost more than it tells.
-fn timed() -> Option<Instant> {
-    (fastrand::u8(..16) == 0).then(Instant::now)
+/// Of one event in sixteen it is timed what becomes of it: for each it would cost more than it tells. Who traces a
+/// message wants to know.
+fn timed(trace: Option<TraceParent>) -> Option<Instant> {
+    (trace.is_some() || fastrand::u8(..16) == 0).then(Instant::now)
 }
 
 /// Where a stored message stands.
@@ -328,6 +364,7 @@ pub struct Stored {
 
 impl Envelope {
     pub fn ephemeral(topic: Topic, message: Message, reply_to: Option<ReplyTo>) -> Self {
+        let trace = TraceParent::sampled(&message.headers);
         Self {
             topic,
             lane: Lane::Ephemeral,
@@ -335,13 +372,15 @@ impl Envelope {
             message,
             stored: None,
             reply_to,
-            brought: timed(),
+            trace,
+            brought: timed(trace),
             encoded: OnceLock::new(),
             verdicts: Mutex::default(),
         }
     }
 
     pub fn durable(topic: Topic, message: Message, stored: Stored) -> Self {
+        let trace = TraceParent::sampled(&message.headers);
         Self {
             topic,
             lane: Lane::Durable,
@@ -349,7 +388,8 @@ impl Envelope {
             message,
             stored: Some(stored),
             reply_to: None,
-            brought: timed(),
+            trace,
+            brought: timed(trace),
             encoded: OnceLock::new(),
             verdicts: Mutex::default(),
         }
@@ -615,6 +655,35 @@ mod tests {
         assert_eq!("2025-11-21T10:00:00+01:00".parse::<Timestamp>().unwrap().as_millis(), 1_763_715_600_000);
         for extreme in [i64::MIN, i64::MAX] {
             assert!(Timestamp::from_millis(extreme).to_string().parse::<Timestamp>().is_ok());
+        }
+    }
+
+    #[test]
+    fn a_trace_is_recorded_where_its_header_is_valid_and_says_so() {
+        let sampled = |text: &str| TraceParent::sampled(&[(TRACEPARENT.to_owned(), text.to_owned())].into());
+        let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "00f067aa0ba902b7");
+        let parent = sampled(&format!("00-{trace}-{span}-01")).unwrap();
+        assert_eq!(parent.trace[..3], [0x0a, 0xf7, 0x65]);
+        assert_eq!(parent.span, [0, 0xf0, 0x67, 0xaa, 0x0b, 0xa9, 0x02, 0xb7]);
+        assert_eq!((parent.another().trace, parent.another() == parent), (parent.trace, false));
+        for recorded in [format!("00-{trace}-{span}-ff"), format!("cc-{trace}-{span}-01-what-may-come")] {
+            assert_eq!(sampled(&recorded), Some(parent), "{recorded}");
+        }
+        let none = ["0".repeat(32), "0".repeat(16)];
+        for not in [
+            format!("00-{trace}-{span}-00"),
+            format!("00-{trace}-{span}-01-more"),
+            format!("ff-{trace}-{span}-01"),
+            format!("00-{}-{span}-01", none[0]),
+            format!("00-{trace}-{}-01", none[1]),
+            format!("00-{}-{span}-01", trace.to_uppercase()),
+            format!("00-+{}-{span}-01", &trace[1..]),
+            format!("00-{trace}-{span}"),
+            format!(" 00-{trace}-{span}-01"),
+            format!("00-{trace}é-{span}-01"),
+            String::new(),
+        ] {
+            assert_eq!(sampled(&not), None, "{not}");
         }
     }
 

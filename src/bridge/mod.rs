@@ -21,6 +21,7 @@ pub mod outage;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::broadcast;
 
@@ -32,6 +33,7 @@ use crate::message::{
 use crate::policy::Policy;
 use crate::policy::table::{Declare, Route};
 use crate::telemetry::metrics::{Metrics, Stage};
+use crate::telemetry::trace::{Came, Publish, Tracer};
 use crate::topic::{Pattern, Topic};
 use crate::wire::code::{Code, Fault};
 use crate::wire::verbs::{Group, Status};
@@ -59,6 +61,7 @@ pub struct Bridge {
     pub filters: Filters,
     pub ids: Ids,
     pub metrics: Arc<Metrics>,
+    pub tracer: Tracer,
     notices: broadcast::Sender<Notice>,
 }
 
@@ -134,6 +137,7 @@ impl Bridge {
             filters,
             ids,
             metrics,
+            tracer: Tracer::default(),
             notices: broadcast::channel(NOTICES_MAX).0,
         }
     }
@@ -145,16 +149,50 @@ impl Bridge {
         Ok(route.lane)
     }
 
-    /// Returns once the message has its place in the order of its topic. Where it is told when its frame came, the
-    /// stages of its way are timed.
+    /// Returns once the message has its place in the order of its topic. The stages of its way are timed where it is of
+    /// the sample, or traced.
     pub async fn publish(
         &self,
         topic: &Topic,
         draft: Draft,
         publisher: Publisher,
-        heard: Option<Instant>,
+        heard: Came,
     ) -> Result<Outcome, Fault> {
-        let begun = Instant::now();
+        let (begun, id) = (Instant::now(), draft.id);
+        let parent = self.tracer.parent(&draft.headers);
+        let timed = heard.at.filter(|_| heard.is_sample || parent.is_some());
+        let mut handed = None;
+        let outcome = self.carry(topic, draft, publisher, begun, timed, &mut handed).await;
+        let Some(parent) = parent else { return outcome };
+        let way = self.route(topic).ok().map(|route| (route.pattern.clone(), route.lane));
+        let (topic, heard) = (topic.clone(), heard.at);
+        let publish = Publish { parent, topic, way, id, heard, decoded: begun, handed };
+        let tracer = self.tracer.clone();
+        let tell = move |known: Result<&Published, &Fault>| match known {
+            Ok(Published { id, status, .. }) => tracer.published(Publish { id: *id, ..publish }, Ok(*status)),
+            Err(fault) => tracer.published(publish, Err(fault.code)),
+        };
+        match outcome {
+            Ok(Outcome::Later(later)) => {
+                let told = later.inspect(|known| tell(known.as_ref()));
+                return Ok(Outcome::Later(Box::pin(told)));
+            }
+            Ok(Outcome::Known(ref published)) => tell(Ok(published)),
+            Err(ref fault) => tell(Err(fault)),
+        }
+        outcome
+    }
+
+    /// The same, untold. `handed` becomes when the lane was given the message.
+    async fn carry(
+        &self,
+        topic: &Topic,
+        draft: Draft,
+        publisher: Publisher,
+        begun: Instant,
+        heard: Option<Instant>,
+        handed: &mut Option<Instant>,
+    ) -> Result<Outcome, Fault> {
         let route = self.route(topic)?;
         let bytes = draft.payload.len();
         // Where both carry, storage is what the publisher waits for.
@@ -171,7 +209,8 @@ impl Bridge {
         let published = move |status, position| Published { status, lane: lanes, id, position, ts };
         match lane {
             Lane::Ephemeral => {
-                let handed = heard.map(|heard| self.handed(lane, heard, begun));
+                *handed = heard.map(|heard| self.handed(lane, heard, begun));
+                let handed = *handed;
                 self.ephemeral.publish(&route, topic, message).await.map_err(fault).map_err(refused)?;
                 self.catalog.published(topic);
                 let done = Instant::now();
@@ -190,7 +229,8 @@ impl Bridge {
                         return Ok(Outcome::Known(published(Status::Duplicate, position)));
                     }
                 };
-                let handed = heard.map(|heard| self.handed(lane, heard, begun));
+                *handed = heard.map(|heard| self.handed(lane, heard, begun));
+                let handed = *handed;
                 let appended = self.outage.append(&route, topic, message, publisher).await;
                 let receipt = ticket.of(appended).map_err(fault).map_err(refused)?;
                 self.catalog.published(topic);

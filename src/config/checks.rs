@@ -10,6 +10,7 @@ use reqwest::Url;
 use super::settings::Settings;
 use crate::lane::settings::{Secret, Tls};
 use crate::origin::Problem;
+use crate::telemetry::trace::NOT_BUILT;
 
 /// Everything that is wrong between the settings.
 pub fn check(settings: &Settings) -> Vec<Problem> {
@@ -19,6 +20,7 @@ pub fn check(settings: &Settings) -> Vec<Problem> {
     checks.session();
     checks.ephemeral();
     checks.durable();
+    checks.trace(NOT_BUILT);
     checks.problems
 }
 
@@ -122,6 +124,21 @@ impl Checks<'_> {
         self.tls("lanes.durable.tls", lane.tls.as_ref());
     }
 
+    /// `not_built` is why this build cannot do it.
+    fn trace(&mut self, not_built: Option<&str>) {
+        let Some(otlp) = &self.settings.trace.otlp else { return };
+        match (Url::parse(otlp), not_built) {
+            (_, Some(why)) => self.problem("trace.otlp", why),
+            (Ok(url), _) if url.password().is_some() || !url.username().is_empty() => self.problem(
+                "trace.otlp",
+                "a user or password does not stand in a URL: OTEL_EXPORTER_OTLP_HEADERS is for them",
+            ),
+            (Ok(url), _) if ["http", "https"].contains(&url.scheme()) && url.query().is_none() => {}
+            // Not repeated: it may hold a token.
+            _ => self.problem("trace.otlp", "it is no URL of a collector, such as http://127.0.0.1:4318"),
+        }
+    }
+
     fn urls(&mut self, key: &str, urls: &[String], schemes: &[&str]) {
         if urls.is_empty() {
             self.problem(key, "the list is empty: name one server at least");
@@ -175,5 +192,24 @@ impl Checks<'_> {
         {
             self.problem(key, format_args!("cannot read {}: {error}", path.display()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The tests run with every feature, so no build of theirs refuses it.
+    #[test]
+    fn a_collector_is_refused_by_name_where_the_build_cannot_export() {
+        let mut settings = Settings::default();
+        let found = |settings: &Settings| {
+            let mut checks = Checks { settings, problems: Vec::new() };
+            checks.trace(Some("build it with"));
+            checks.problems.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert!(found(&settings).is_empty());
+        settings.trace.otlp = Some("http://127.0.0.1:4318".into());
+        assert_eq!(found(&settings), ["trace.otlp: build it with"]);
     }
 }

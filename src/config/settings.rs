@@ -7,12 +7,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::server::ServerSettings;
-use crate::lane::settings::{DurableSettings, EphemeralSettings};
+use crate::lane::settings::{DurableBackend, DurableSettings, EphemeralBackend, EphemeralSettings};
 use crate::message::Lane;
 use crate::origin::Origin;
 use crate::policy::explain::Shown;
 use crate::session::settings::SessionSettings;
 use crate::telemetry::log::LogSettings;
+use crate::telemetry::trace::TraceSettings;
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -21,6 +22,7 @@ pub struct Settings {
     pub lanes: LaneSettings,
     pub session: SessionSettings,
     pub log: LogSettings,
+    pub trace: TraceSettings,
     /// Who said what; what nobody said is not in it.
     #[serde(skip)]
     pub origins: BTreeMap<String, Origin>,
@@ -34,6 +36,21 @@ pub struct Settings {
 pub struct LaneSettings {
     pub ephemeral: EphemeralSettings,
     pub durable: DurableSettings,
+}
+
+impl LaneSettings {
+    /// What carries each lane, in the words of OpenTelemetry.
+    pub fn systems(&self) -> [&'static str; Lane::ALL.len()] {
+        let ephemeral = match self.ephemeral.backend {
+            EphemeralBackend::Memory => "twinspan",
+            EphemeralBackend::Nats => "nats",
+        };
+        let durable = match self.durable.backend {
+            DurableBackend::Embedded => "twinspan",
+            DurableBackend::Pulsar => "pulsar",
+        };
+        [ephemeral, durable]
+    }
 }
 
 impl Settings {

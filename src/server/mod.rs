@@ -30,9 +30,11 @@ use crate::bridge::outage::Outage;
 use crate::bridge::{Bridge, Notice};
 use crate::config::settings::Settings;
 use crate::lane::contract::{DurableLane, EphemeralLane};
+use crate::lane::install_crypto;
 use crate::lane::journal::JournalError;
 use crate::policy::Reloader;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::trace::{TraceError, Tracer};
 use app::App;
 use monitor::Monitor;
 
@@ -65,6 +67,8 @@ pub enum StartError {
     Catalog { dir: String, source: std::io::Error },
     #[error("the spool cannot be opened; messages may wait in it for the durable lane")]
     Spool(#[source] JournalError),
+    #[error(transparent)]
+    Trace(TraceError),
 }
 
 impl Running {
@@ -90,8 +94,10 @@ impl Running {
         );
         let outage = outage.await.map_err(StartError::Spool)?;
         let publish_timeout = settings.lanes.durable.publish_timeout;
-        let bridge =
+        let mut bridge =
             Bridge::new(policy, lanes.ephemeral, lanes.durable, outage, catalog, metrics, publish_timeout);
+        install_crypto();
+        bridge.tracer = Tracer::open(&settings.trace, settings.lanes.systems()).map_err(StartError::Trace)?;
         let bridge = Arc::new(bridge);
         let bind = async |address: SocketAddr, setting| {
             let failed = |source| StartError::Listen { address, setting, source };
@@ -152,7 +158,8 @@ impl Running {
                 self.app.bridge.outage.close().await;
                 self.app.bridge.durable.close().await;
             };
-            tokio::join!(self.app.bridge.ephemeral.close(), durable);
+            // Everything was answered and written, so nothing more is traced.
+            tokio::join!(self.app.bridge.ephemeral.close(), durable, self.app.bridge.tracer.close());
             self.stop_admin.cancel();
             self.tasks.close();
             self.tasks.wait().await;

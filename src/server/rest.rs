@@ -21,6 +21,7 @@ use crate::bridge::fault;
 use crate::lane::contract::{GroupReport, Publisher};
 use crate::message::{Draft, Envelope, GroupMode, Headers, Lane, Start, Timestamp};
 use crate::policy::table::Route;
+use crate::telemetry::trace::Came;
 use crate::topic::{Pattern, Topic};
 use crate::wire;
 use crate::wire::code::{Code, Fault};
@@ -255,9 +256,10 @@ async fn publish(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Fault> {
+    let heard = Came::now();
     let topic = topic(&name)?;
     let draft = draft(&app, &headers, body)?;
-    let published = app.bridge.publish(&topic, draft, Publisher::default(), None).await?.known().await?;
+    let published = app.bridge.publish(&topic, draft, Publisher::default(), heard).await?.known().await?;
     let ack = wire::verbs::Ack {
         status: published.status,
         topic: Some(topic.into()),

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use tokio::time::Instant;
 
 use super::deliveries::{Claimed, Settlement};
 use super::feeds::{ByTopic, Run, discover, find, replay, take_part};
@@ -130,7 +129,7 @@ impl Reader {
         let bridge = self.session.bridge.clone();
         let (publisher, heard) = (Publisher(self.session.id), self.heard.take());
         let outcome = {
-            let publishing = pin!(bridge.publish(&topic, draft, publisher, heard.map(Instant::into_std)));
+            let publishing = pin!(bridge.publish(&topic, draft, publisher, heard));
             self.while_answering(publishing).await?
         };
         let failed = request_id.clone();
@@ -180,7 +179,7 @@ impl Reader {
         let bridge = self.session.bridge.clone();
         let lane = bridge.may_publish(&topic)?;
         let (publisher, max_message) = (Publisher(self.session.id), self.settings.max_message);
-        let mut heard = self.heard.take().map(Instant::into_std);
+        let mut heard = self.heard.take();
         let places = async {
             let mut outcomes = Vec::with_capacity(drafts.len());
             let mut ended = None;

@@ -442,3 +442,11 @@ pub fn envelope(event: &Event) -> Option<&Arc<Envelope>> {
         _ => None,
     }
 }
+
+/// The group that an event is a delivery of.
+pub fn group(event: &Event) -> Option<&str> {
+    match event {
+        Event::Delivered { group, .. } => Some(group),
+        _ => None,
+    }
+}

@@ -23,6 +23,7 @@ use super::shared::Shared;
 use super::subscription::Subscription;
 use crate::bridge::Notice;
 use crate::message::Timestamp;
+use crate::telemetry::trace::Came;
 use crate::topic::Pattern;
 use crate::wire::code::{Close, Code};
 use crate::wire::verbs::{Asked, Codec, Command, Event, Info};
@@ -69,8 +70,8 @@ pub struct Reader {
     /// What this turn has acknowledged so far.
     pub acknowledged: Acknowledged,
     pub listed: Listed,
-    /// When this turn's first frame came, until it is taken: what it publishes is timed.
-    pub heard: Option<Instant>,
+    /// When the frame came: what a turn's first one publishes is the sample that is timed.
+    pub heard: Came,
     draining: bool,
 }
 
@@ -90,7 +91,7 @@ impl Reader {
             pending: Pending::new(),
             acknowledged: Acknowledged::default(),
             listed: Listed::default(),
-            heard: None,
+            heard: Came::default(),
             draining: false,
         }
     }
@@ -143,7 +144,7 @@ impl Reader {
                 }
                 frame = next, if has_room => {
                     heard = Instant::now();
-                    self.heard = Some(heard);
+                    self.heard = Came { at: Some(heard.into_std()), is_sample: true };
                     let turn = self.turn(frame).await;
                     self.acknowledge();
                     if let ControlFlow::Break(close) = turn {
@@ -167,7 +168,9 @@ impl Reader {
             match frame {
                 Some(Ok(Message::Text(text))) => {
                     self.frame(text.into()).await;
-                    self.heard = None;
+                    // Of what comes behind it only who traces it wants to know.
+                    let is_traced = self.session.bridge.tracer.is_on();
+                    self.heard = if is_traced { Came::now() } else { Came::default() };
                 }
                 Some(Ok(Message::Binary(_))) => return ControlFlow::Break(Some(Close::Binary)),
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}

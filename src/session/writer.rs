@@ -16,6 +16,7 @@ use super::settings::SessionSettings;
 use super::shared::Shared;
 use crate::message::{Lane, Timestamp};
 use crate::telemetry::metrics::Stage;
+use crate::telemetry::trace::Delivery;
 use crate::wire::code::{Close, Code, Fault};
 use crate::wire::verbs::{Codec, Event};
 
@@ -155,6 +156,14 @@ fn told(session: &Arc<Shared>, items: Vec<Item>) {
                 if let (Some(brought), Some(since)) = (envelope.brought, item.since) {
                     metrics.took(envelope.lane, Stage::FanOut, since - brought);
                     metrics.took(envelope.lane, Stage::Write, since.elapsed());
+                    session.bridge.tracer.delivered(Delivery {
+                        envelope,
+                        pattern: &route.pattern,
+                        connection: session.id,
+                        group: outbox::group(&item.event),
+                        brought,
+                        waiting: since,
+                    });
                 }
             }
             _ => {}

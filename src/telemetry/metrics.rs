@@ -40,7 +40,7 @@ pub enum Stage {
 impl Stage {
     const ALL: [Stage; 5] = [Stage::Read, Stage::Route, Stage::Broker, Stage::FanOut, Stage::Write];
 
-    fn as_str(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Stage::Read => "read",
             Stage::Route => "route",
@@ -101,7 +101,7 @@ impl Metrics {
         let stages = latency(
             &registry,
             "stage_seconds",
-            "Where the time of a message goes, of a sample: a publish of each turn that a connection is read in, and one event in sixteen.",
+            "Where the time of a message goes, of a sample: a publish of each turn that a connection is read in, one event in sixteen, and what is traced.",
             &["lane", "stage"],
         );
         let made = Metrics {

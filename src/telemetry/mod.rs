@@ -2,4 +2,7 @@
 
 pub mod log;
 pub mod metrics;
+#[cfg(feature = "otel")]
+mod otlp;
+pub mod trace;
 pub mod traffic;

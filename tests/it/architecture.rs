@@ -112,6 +112,8 @@ fn a_brokers_crate_is_named_in_its_lane_alone() {
         let names =
             |krate: &str| code.contains(&format!("{krate}::")) || code.contains(&format!("use {krate}"));
         assert!(!names("async_nats") || file.starts_with("lane/nats"), "{file} names async_nats");
+        let opentelemetry = code.contains("opentelemetry") && file != "telemetry/otlp.rs";
+        assert!(!opentelemetry, "{file} names opentelemetry, which only a feature brings");
         let pulsar = named_after(&code, "pulsar::").iter().any(|name| !code.contains(&format!("mod {name}")));
         let is_own = code.contains("pub mod pulsar") || code.contains("super::pulsar");
         assert!(!pulsar || is_own || file.starts_with("lane/pulsar"), "{file} names pulsar");

@@ -22,6 +22,7 @@ use twinspan::message::{Envelope, Message, ReplyTo, Start, Timestamp};
 use twinspan::policy::table::Route;
 use twinspan::server::Carriers;
 use twinspan::session::{self, Manner};
+use twinspan::telemetry::trace::Came;
 use twinspan::topic::{Pattern, Topic};
 use twinspan::wire::json::Json;
 use twinspan::wire::verbs::{Asked, Codec, Event};
@@ -329,7 +330,7 @@ async fn an_event_that_is_larger_than_a_frame_may_be_is_named_and_the_next_one_c
             let outcome = span
                 .app()
                 .bridge
-                .publish(&Topic::parse(topic).unwrap(), draft(payload), Publisher(1), None)
+                .publish(&Topic::parse(topic).unwrap(), draft(payload), Publisher(1), Came::default())
                 .await;
             outcome.unwrap().known().await.unwrap()
         };

@@ -60,3 +60,4 @@ mod spooling;
 mod talking;
 mod terminal;
 mod three;
+mod traces;

@@ -306,6 +306,27 @@ fn rust_log_is_the_filter_where_it_is_set_and_is_held_to_the_same() {
     assert_eq!(found, ["RUST_LOG: log.filter: \"debgu\" is no level; did you mean \"debug\"?"]);
 }
 
+#[cfg(feature = "otel")]
+#[test]
+fn a_collector_is_named_by_a_url() {
+    let found = |otlp: &str| match from_set(&[&format!("trace.otlp={otlp}")]) {
+        Ok(_) => String::new(),
+        Err(problems) => told(problems).join("\n"),
+    };
+    for good in ["http://127.0.0.1:4318", "https://collector.example/otlp/"] {
+        assert_eq!(found(good), "");
+    }
+    for bad in ["127.0.0.1:4318", "grpc://127.0.0.1:4317", "http://", "http://a/?token=hunter2"] {
+        let refused = "--set trace.otlp: it is no URL of a collector, such as http://127.0.0.1:4318";
+        assert_eq!(found(bad), refused);
+    }
+    let found = found("http://me:hunter2@127.0.0.1:4318");
+    assert!(
+        found.contains("OTEL_EXPORTER_OTLP_HEADERS is for them") && !found.contains("hunter2"),
+        "{found}"
+    );
+}
+
 #[test]
 fn a_secret_is_in_a_file_or_a_variable_and_is_never_repeated() {
     let directory = TempDir::new().unwrap();

@@ -107,9 +107,7 @@ impl Groups {
             // At once, and not when the shares come to it: what was ready before the seek is not handed out after it.
             let desks = members.iter().filter_map(|member| member.desk.upgrade());
             desks.for_each(|desk: Arc<Desk>| desk.forget_all());
-            if let Some(members) = self.lock().get(&(source.physical.clone(), group.to_owned())) {
-                members.lost.clear();
-            }
+            self.forget_lost(source, group);
         }
         let paused: Vec<_> = paused.into_iter().flatten().collect();
         let meeting = Arc::new(Barrier::new(paused.len()));
@@ -138,7 +136,15 @@ impl Groups {
         for (_, physical) in source.parts() {
             deleted |= admin.delete_subscription(&physical, group).await?;
         }
+        self.forget_lost(source, group);
         Ok(deleted)
+    }
+
+    /// What comes next was handed to nobody before.
+    fn forget_lost(&self, source: &Source, group: &str) {
+        if let Some(members) = self.lock().get(&(source.physical.clone(), group.to_owned())) {
+            members.lost.clear();
+        }
     }
 
     /// The backlog is exact up to ten thousand entries that hold no more than 32 MiB. Of a larger one the oldest ten

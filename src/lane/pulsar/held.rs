@@ -56,15 +56,22 @@ const LOST: usize = 10_000;
 pub struct Lost(Mutex<BTreeMap<(u32, Key, usize), u32>>);
 
 impl Lost {
-    pub fn add(&self, partition: u32, key: Key, held: &Held) {
-        // What is acknowledged and not confirmed may come again, too.
-        let may_come = |slot: &Slot| slot.attempt > 0 && (slot.is_left() || held.acking > 0);
-        let counted = held.slots.iter().enumerate().filter(|(_, slot)| may_come(slot));
+    /// Where the broker has closed the subscription, what was done may come again, too: as another attempt, and with as
+    /// many left as if it had been the first.
+    pub fn add(&self, partition: u32, key: Key, held: &Held, was_closed: bool) {
         let mut lost = self.lock();
-        for (index, slot) in counted {
-            lost.insert((partition, key, index), slot.attempt);
-            if lost.len() > LOST {
-                lost.pop_first();
+        for (index, slot) in held.slots.iter().enumerate() {
+            // What is acknowledged and not confirmed may come again in any case.
+            let attempt = match slot.is_left() || held.acking > 0 {
+                true => slot.attempt,
+                false if was_closed => slot.attempt.min(1),
+                false => 0,
+            };
+            if attempt > 0 {
+                lost.insert((partition, key, index), attempt);
+                if lost.len() > LOST {
+                    lost.pop_first();
+                }
             }
         }
     }

@@ -359,7 +359,7 @@ impl Share {
     /// Others may get what this member had.
     fn lose(&mut self) {
         for (key, held) in &self.entries {
-            self.lost.add(self.partition, *key, held);
+            self.lost.add(self.partition, *key, held, self.closed);
         }
         self.within.clear();
         self.desk.count_within(self.partition, 0);
@@ -400,7 +400,7 @@ impl Share {
         let key = (id.ledger_id, id.entry_id);
         let count = record::count(&entry) as usize;
         if self.closed && self.entries.get(&key).is_some_and(|held| held.came_back(&unacked)) {
-            // An orderly move keeps every acknowledgement, so somebody else has sought the group.
+            // Somebody else has sought the group, or the topic moved and its broker lost what it had confirmed last.
             self.forget();
         }
         let held = self.entries.entry(key).or_insert_with(|| Held {

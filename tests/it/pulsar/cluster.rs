@@ -3,7 +3,7 @@
 use serde_json::json;
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 
-use super::faults::under_load;
+use super::faults::{Broke, under_load};
 use super::gateway::Gateway;
 use super::*;
 use crate::brokers::Storage;
@@ -116,7 +116,7 @@ async fn publishers_followers_and_groups_go_with_a_topic_from_broker_to_broker()
     }
     let cluster = cluster().await;
     let Cluster { first, second, .. } = &*cluster;
-    under_load(cluster.bed(vec![second.url()]).await, "moved", false, async |bed| {
+    under_load(cluster.bed(vec![second.url()]).await, "moved", Broke::LastConfirmed, async |bed| {
         for to in [second, first, second, first] {
             cluster.move_to(to, bed).await;
         }
@@ -132,11 +132,16 @@ async fn behind_a_gateway_every_broker_is_reached_through_it() {
     let cluster = cluster().await;
     let Cluster { first, second, .. } = &*cluster;
     let gateway = Gateway::start([first.port(), second.port()]).await;
-    under_load(cluster.bed(vec![gateway.url()]).await, "behind a gateway", false, async |bed| {
-        for to in [second, first, second] {
-            cluster.move_to(to, bed).await;
-        }
-    })
+    under_load(
+        cluster.bed(vec![gateway.url()]).await,
+        "behind a gateway",
+        Broke::LastConfirmed,
+        async |bed| {
+            for to in [second, first, second] {
+                cluster.move_to(to, bed).await;
+            }
+        },
+    )
     .await;
     assert!(gateway.passed_on(0) > 0 && gateway.passed_on(1) > 0, "both brokers were behind it");
 }
@@ -151,7 +156,7 @@ async fn where_one_service_is_dead_and_another_dies_under_load_the_third_carries
     let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let urls = vec![format!("pulsar://127.0.0.1:{dead}"), cluster.second.url(), cluster.first.url()];
     let bed = cluster.bed(urls).await;
-    under_load(bed, "a service died", true, async |bed| {
+    under_load(bed, "a service died", Broke::Attempts, async |bed| {
         cluster.move_to(&cluster.second, bed).await;
         cluster.second.kill();
         is_down(&*bed.lane).await;

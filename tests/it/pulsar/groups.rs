@@ -242,6 +242,8 @@ async fn a_group_that_is_sought_from_elsewhere_gets_everything_again_acknowledge
         admin(broker, Method::POST, &path, earliest).await;
         let again = take(&*member, 10).await;
         assert_eq!(sorted(&again), (0..10).collect::<Vec<_>>(), "{mode:?}");
+        let attempts: Vec<_> = again.iter().map(|handed| handed.attempt).collect();
+        assert_eq!(attempts, [2; 10], "{mode:?}: each was handed out before");
         member.ack(again.iter().map(|handed| handed.tag).collect()).await.unwrap();
         assert_quiet(&*member).await;
     }

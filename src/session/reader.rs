@@ -239,6 +239,8 @@ impl Reader {
     pub async fn while_answering<T>(&mut self, mut step: impl Future<Output = T> + Unpin) -> T {
         loop {
             tokio::select! {
+                // Mostly it need not wait at all.
+                biased;
                 done = &mut step => return done,
                 Some(answer) = self.pending.next(), if !self.pending.is_empty() => {
                     if let Some(item) = answer {

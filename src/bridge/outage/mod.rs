@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, Either};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -120,17 +120,17 @@ impl Outage {
         topic: &Topic,
         message: Message,
         publisher: Publisher,
-    ) -> Result<BoxFuture<'static, Result<Kept, LaneError>>, LaneError> {
+    ) -> Result<impl Future<Output = Result<Kept, LaneError>> + Send + 'static + use<>, LaneError> {
         // What a route spooled before it was changed is still before what comes now.
         if route.outage == OnOutage::Spool || self.has_line(topic) {
-            return Box::pin(self.line_up(route, topic, message, publisher)).await;
+            return Box::pin(self.line_up(route, topic, message, publisher)).await.map(Either::Right);
         }
         let shared = self.0.clone();
         let pass = shared.breaker.admit(topic).map_err(|open| open.on_lane())?;
         let placed = shared.while_up(shared.both.append(route, topic, message, publisher)).await;
         let receipt = placed.inspect_err(|error| shared.breaker.heard(topic, pass, Err(error)))?;
         let (shared, topic) = (self.0.clone(), topic.clone());
-        Ok(Box::pin(async move {
+        Ok(Either::Left(async move {
             let stored = receipt.await;
             shared.breaker.heard(&topic, pass, stored.as_ref().map(|_| ()));
             stored.map(Kept::Stored)

@@ -101,7 +101,7 @@ async fn native_nats_subscribers_of_a_topic_of_both_lanes_get_copies_in_the_orde
 async fn with_its_own_nats() -> Option<(Span, Broker)> {
     let mut plan = Plan::on_brokers().await?;
     let nats = Broker::nats(&Options::default()).await;
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    plan.ephemeral_on(nats.url());
     Some((Span::with(plan).await, nats))
 }
 

@@ -24,7 +24,7 @@ async fn the_console_shows_both_lanes_and_takes_part_in_them() {
     install("browser").await;
     let mut nats = Broker::nats(&Options::default()).await;
     let Some(mut plan) = Plan::on_brokers().await else { return };
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    plan.ephemeral_on(nats.url());
     plan.settings.lanes.ephemeral.monitor_url = nats.monitor_url();
     let routes = plan.routes.clone();
     let span = Span::with(plan).await;

@@ -72,9 +72,11 @@ async fn an_event_that_several_filters_of_a_connection_match_comes_once(span: Sp
     }
     subscriber.subscribe("mixed.>", json!({"filter": "payload.n > 1"})).await.unwrap();
     for topic in ["mixed.live.f", "mixed.kept.f"] {
-        publish(&mut publisher, topic, 1..=4).await;
+        // One after the other: NATS brings each subscription its own copy, and what only the one lets through may overtake
+        // what the other does.
         for n in 1..=4 {
-            assert_eq!(next_n(&mut subscriber).await, n, "{topic}");
+            publish(&mut publisher, topic, [n]).await;
+            assert_eq!(next_n(&mut subscriber).await, u64::from(n), "{topic}");
         }
         silent(&mut subscriber).await;
     }

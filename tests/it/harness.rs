@@ -19,7 +19,7 @@ use twinspan::server::{Carriers, Running};
 use twinspan::telemetry::metrics::Metrics;
 use twinspan::wire::json::heard::Heard;
 
-use crate::brokers::{left_out, shared_nats, shared_pulsar};
+use crate::brokers::{Broker, left_out, shared_nats, shared_pulsar};
 
 /// How long a test waits for what must come.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -116,11 +116,8 @@ impl Plan {
         }
         let mut plan = Self::default();
         let (nats, pulsar) = tokio::join!(shared_nats(), shared_pulsar());
-        plan.settings.lanes.ephemeral.backend = EphemeralBackend::Nats;
-        plan.settings.lanes.ephemeral.url = vec![nats.url()];
-        plan.settings.lanes.durable.backend = DurableBackend::Pulsar;
-        plan.settings.lanes.durable.url = vec![pulsar.url()];
-        plan.settings.lanes.durable.admin_url = pulsar.admin_url();
+        plan.ephemeral_on(nats.url());
+        plan.durable_on(pulsar.url(), pulsar);
         let own = format!("t{}", MessageId::new()).replace('-', "");
         plan.routes = plan
             .routes
@@ -138,6 +135,19 @@ impl Plan {
             );
         plan.own = own;
         Some(plan)
+    }
+
+    /// The ephemeral lane by a NATS server at this address.
+    pub fn ephemeral_on(&mut self, url: String) {
+        let ephemeral = &mut self.settings.lanes.ephemeral;
+        (ephemeral.backend, ephemeral.url) = (EphemeralBackend::Nats, vec![url]);
+    }
+
+    /// The durable lane by a Pulsar, reached at this address.
+    pub fn durable_on(&mut self, url: String, pulsar: &Broker) {
+        let durable = &mut self.settings.lanes.durable;
+        (durable.backend, durable.url) = (DurableBackend::Pulsar, vec![url]);
+        durable.admin_url = pulsar.admin_url();
     }
 }
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use fastrand::Rng;
 use futures_util::{SinkExt, StreamExt};
 use proptest::prelude::*;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::Message;
@@ -419,6 +420,14 @@ impl Frames {
     }
 }
 
+/// Whitespace around a JSON value is none of it, and does not cross.
+fn bare(payload: Vec<u8>) -> Vec<u8> {
+    match serde_json::from_slice::<&RawValue>(&payload) {
+        Ok(value) => value.get().as_bytes().to_vec(),
+        Err(_) => payload,
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -434,7 +443,7 @@ proptest! {
     #[test]
     fn a_message_is_the_same_after_the_wire_in_both_directions(
         payload in prop_oneof![any::<Vec<u8>>(), any::<String>().prop_map(String::into_bytes),
-            any::<f64>().prop_map(|n| json!([n, {"a": n}]).to_string().into_bytes())],
+            any::<f64>().prop_map(|n| json!([n, {"a": n}]).to_string().into_bytes())].prop_map(bare),
         key: Option<String>,
         headers in proptest::collection::btree_map("x[^\u{0}]{0,10}", any::<String>(), 0..4),
         millis in proptest::option::of(-62_135_596_800_000..253_402_207_200_000_i64),

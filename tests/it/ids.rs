@@ -287,10 +287,8 @@ async fn reject_another_bridge_on_a_partitioned_topic() {
 /// A bridge whose way to Pulsar can be cut, and which soon gives up waiting for a receipt.
 async fn behind((pulsar, way): &(Broker, Proxy), publish_timeout: Duration) -> Span {
     let mut plan = Plan::on_brokers().await.unwrap();
-    let durable = &mut plan.settings.lanes.durable;
-    durable.url = vec![way.pulsar_url()];
-    durable.admin_url = pulsar.admin_url();
-    durable.publish_timeout = publish_timeout;
+    plan.durable_on(way.pulsar_url(), pulsar);
+    plan.settings.lanes.durable.publish_timeout = publish_timeout;
     Span::with(plan).await
 }
 

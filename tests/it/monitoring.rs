@@ -9,7 +9,6 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, client_async, connect_async};
 use twinspan::config::server::ReadyRequires;
-use twinspan::lane::settings::{DurableBackend, EphemeralBackend};
 use twinspan::message::{Lane, Timestamp};
 use twinspan::topic::Topic;
 
@@ -216,8 +215,7 @@ async fn a_nats_that_is_killed_frozen_and_healed_shows_everywhere_within_five_se
     }
     let mut nats = Broker::nats(&Options::default()).await;
     let mut plan = Plan::default();
-    plan.settings.lanes.ephemeral.backend = EphemeralBackend::Nats;
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    plan.ephemeral_on(nats.url());
     plan.settings.lanes.ephemeral.monitor_url = nats.monitor_url();
     plan.settings.server.ready_requires = ReadyRequires::Lanes(vec![Lane::Ephemeral]);
     let span = Span::with(plan).await;
@@ -244,9 +242,7 @@ async fn a_pulsar_that_is_frozen_killed_and_healed_shows_everywhere_within_five_
     }
     let mut pulsar = Broker::pulsar(&Options::default()).await;
     let mut plan = Plan::default();
-    plan.settings.lanes.durable.backend = DurableBackend::Pulsar;
-    plan.settings.lanes.durable.url = vec![pulsar.url()];
-    plan.settings.lanes.durable.admin_url = pulsar.admin_url();
+    plan.durable_on(pulsar.url(), &pulsar);
     plan.settings.server.ready_requires = ReadyRequires::Lanes(vec![Lane::Durable]);
     let span = Span::with(plan).await;
     let mut watcher = Watcher::connect(&span).await;

@@ -12,7 +12,6 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message;
-use twinspan::lane::settings::{DurableBackend, EphemeralBackend};
 use twinspan::message::{Draft, MessageId, Timestamp};
 
 use crate::brokers::{Broker, Options, free_ports, install, left_out, logged, script};
@@ -276,11 +275,8 @@ fn plan(nats: &Broker, pulsar: &Broker, proxy: &Proxy) -> Plan {
         durable("jobs", "backoff = [\"100ms\"]\nmax_deliveries = 3\ndead_letter = \"audit.{topic}\""),
     ];
     let mut plan = Plan { routes: routes.concat(), own: own.clone(), ..Plan::default() };
-    plan.settings.lanes.ephemeral.backend = EphemeralBackend::Nats;
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
-    plan.settings.lanes.durable.backend = DurableBackend::Pulsar;
-    plan.settings.lanes.durable.url = vec![proxy.pulsar_url()];
-    plan.settings.lanes.durable.admin_url = pulsar.admin_url();
+    plan.ephemeral_on(nats.url());
+    plan.durable_on(proxy.pulsar_url(), pulsar);
     plan.settings.lanes.durable.publish_timeout = Duration::from_secs(4);
     plan.settings.session.max_subscriptions = 2;
     plan

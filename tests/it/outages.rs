@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use twinspan::client::Client;
 use twinspan::config::server::ReadyRequires;
-use twinspan::lane::settings::{DurableBackend, EphemeralBackend};
 use twinspan::message::{Lane, MessageId};
 
 use crate::brokers::{Broker, Options, left_out};
@@ -42,17 +41,14 @@ impl Bed {
         let (broker, proxy) = (Broker::nats(&Options::default()).await, Proxy::start());
         proxy.lead_to(broker.port());
         let mut plan = Plan::default();
-        plan.settings.lanes.ephemeral.backend = EphemeralBackend::Nats;
-        plan.settings.lanes.ephemeral.url = vec![format!("nats://127.0.0.1:{}", proxy.port())];
+        plan.ephemeral_on(format!("nats://127.0.0.1:{}", proxy.port()));
         Self::on(Lane::Ephemeral, broker, proxy, plan, ["telemetry.a", "orders.a"]).await
     }
 
     async fn pulsar() -> Self {
         let (broker, proxy) = Proxy::pulsar(Options::default()).await;
         let mut plan = Plan::default();
-        plan.settings.lanes.durable.backend = DurableBackend::Pulsar;
-        plan.settings.lanes.durable.url = vec![proxy.pulsar_url()];
-        plan.settings.lanes.durable.admin_url = broker.admin_url();
+        plan.durable_on(proxy.pulsar_url(), &broker);
         Self::on(Lane::Durable, broker, proxy, plan, ["orders.a", "telemetry.a"]).await
     }
 
@@ -213,8 +209,7 @@ async fn a_killed_nats_is_announced_refused_at_once_and_the_hole_is_a_gap() {
     }
     let mut nats = Broker::nats(&Options::default()).await;
     let mut plan = Plan::default();
-    plan.settings.lanes.ephemeral.backend = EphemeralBackend::Nats;
-    plan.settings.lanes.ephemeral.url = vec![nats.url()];
+    plan.ephemeral_on(nats.url());
     plan.settings.server.ready_requires = ReadyRequires::Lanes(vec![Lane::Ephemeral]);
     let span = Span::with(plan).await;
     let mut client = span.client().await;

@@ -12,7 +12,6 @@ use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use tokio::task::JoinHandle;
 use twinspan::client::Client;
-use twinspan::lane::settings::DurableBackend;
 use twinspan::message::{Draft, MessageId};
 
 use crate::brokers::{Broker, Options, left_out};
@@ -59,11 +58,8 @@ impl Away {
             own: own.clone(),
             ..Plan::default()
         };
-        let durable = &mut plan.settings.lanes.durable;
-        durable.backend = DurableBackend::Pulsar;
-        durable.url = vec![self.proxy.pulsar_url()];
-        durable.admin_url = self.broker.admin_url();
-        durable.publish_timeout = Duration::from_secs(4);
+        plan.durable_on(self.proxy.pulsar_url(), &self.broker);
+        plan.settings.lanes.durable.publish_timeout = Duration::from_secs(4);
         plan
     }
 

@@ -462,7 +462,7 @@ mod export {
     async fn a_broker_that_is_away_is_told_where_it_failed() {
         let Some(mut plan) = Plan::on_brokers().await else { return };
         let mut nats = Broker::nats(&Options::default()).await;
-        plan.settings.lanes.ephemeral.url = vec![nats.url()];
+        plan.ephemeral_on(nats.url());
         let collector = Collector::start(Some(StatusCode::OK)).await;
         let span = tracing(plan, &collector).await;
         let publisher = span.client().await;

@@ -29,6 +29,9 @@ use crate::telemetry::traffic::{Latency, Traffic};
 use crate::topic::Topic;
 
 const EVERY: Duration = Duration::from_secs(2);
+/// Within so long of the newest body each watcher gets it, at a moment of its own: a hundred that are written to at once
+/// would hold up the messages of clients.
+const SPREAD: Duration = Duration::from_millis(250);
 /// Events that one watcher has not been told of. One that is further behind gets a snapshot.
 const EVENTS_MAX: usize = 256;
 /// How many of the last events a snapshot holds.
@@ -127,7 +130,11 @@ impl Monitor {
                     json!({"type": kind, "topic": changed.topic.as_str(), "group": &*changed.group})
                 }
             };
+            let is_of_lane = matches!(event["type"].as_str(), Some("LaneDown" | "LaneUp"));
             monitor.tell(event);
+            if is_of_lane {
+                monitor.look(&app, &before).await;
+            }
         }
     }
 
@@ -278,8 +285,7 @@ async fn serve(app: Arc<App>, mut socket: WebSocket) -> Option<()> {
     }
     let mut events = app.monitor.events.subscribe();
     let mut frame = app.monitor.snapshot(&app, &newest.borrow_and_update().clone());
-    // Each at a moment of its own: a hundred that are written to at once would hold up the messages of clients.
-    let behind = EVERY.mul_f64(fastrand::f64());
+    let behind = SPREAD.mul_f64(fastrand::f64());
     let mut due = None;
     loop {
         timeout(WRITE_TIMEOUT, socket.send(Message::Text(frame))).await.ok()?.ok()?;

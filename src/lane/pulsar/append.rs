@@ -156,11 +156,11 @@ impl Producers {
                 Some(key) => names::partition_of(key, partitions),
                 None => (publisher.0.wrapping_add(self.keyless) % u64::from(partitions)) as u32,
             };
-            let producer = self.line(&physical.partition(partition), false).await;
+            let producer = self.line(&physical.partition(partition), false).await?;
             producer.set(route);
             return Ok((producer, Some(partition)));
         }
-        let producer = self.line(&physical, false).await;
+        let producer = self.line(&physical, false).await?;
         producer.set(route);
         let way = Way { route: route.clone(), producer: producer.clone(), found: now };
         let mut ways = self.ways.write().unwrap_or_else(PoisonError::into_inner);
@@ -180,9 +180,9 @@ impl Producers {
     ) -> Result<Place, LaneError> {
         let deadline = Instant::now() + within;
         let probing = async {
-            let producer = self.line(physical, true).await;
+            let producer = self.line(physical, true).await?;
             let (done, stored) = oneshot::channel();
-            self.put(producer, message, Ticket { done, deadline, bytes: 0 }).await;
+            self.put(producer, message, Ticket { done, deadline, bytes: 0 }).await?;
             stored.await.unwrap_or_else(|_| Err(LaneError::Unavailable("the producer was closed".into())))
         };
         timeout_at(deadline, probing).await.unwrap_or_else(|_| {
@@ -203,33 +203,40 @@ impl Producers {
         let deadline = ticket.deadline;
         tokio::select! {
             biased;
-            put = timeout_at(deadline, self.put(producer, message, ticket)) => put.map_err(|_| {
-                LaneError::Unavailable("the line of messages without a receipt stayed full".into())
+            put = timeout_at(deadline, self.put(producer, message, ticket)) => put.unwrap_or_else(|_| {
+                Err(LaneError::Unavailable("the line of messages without a receipt stayed full".into()))
             }),
             why = durable_down(&mut state) => Err(LaneError::Unavailable(why)),
         }
     }
 
     /// Waits for room.
-    async fn put(&self, mut producer: Arc<Producer>, mut message: Message, mut ticket: Ticket) {
+    async fn put(
+        &self,
+        mut producer: Arc<Producer>,
+        mut message: Message,
+        mut ticket: Ticket,
+    ) -> Result<(), LaneError> {
         while let Some(back) = self.try_put(&producer, message, ticket) {
             (message, ticket) = back;
             match producer.is_closed() {
                 // It was closed for want of use just now; another is made for the message.
-                true => producer = self.line(&producer.physical, producer.is_canary).await,
+                true => producer = self.line(&producer.physical, producer.is_canary).await?,
                 false => {
                     let line = producer.room.take(ticket.bytes).await;
                     let all = self.common.room.take(ticket.bytes).await;
                     match producer.push(message, ticket) {
                         None => {
                             line.keep();
-                            return all.keep();
+                            all.keep();
+                            return Ok(());
                         }
                         Some(back) => (message, ticket) = back,
                     }
                 }
             }
         }
+        Ok(())
     }
 
     /// Hands the message back where there is no room for it, or the producer is closed.
@@ -250,19 +257,23 @@ impl Producers {
     }
 
     /// A topic's producer, made where there is none. Where there are too many one without work makes place.
-    async fn line(&self, physical: &Physical, is_canary: bool) -> Arc<Producer> {
+    async fn line(&self, physical: &Physical, is_canary: bool) -> Result<Arc<Producer>, LaneError> {
         loop {
             {
                 let mut lines = self.lock();
+                // Looked at under the lock: what is made behind the last sweep would never be answered.
+                if self.common.stop.is_cancelled() {
+                    return Err(closed());
+                }
                 if let Some(line) = lines.get(physical).filter(|line| !line.is_closed()) {
-                    return line.clone();
+                    return Ok(line.clone());
                 }
                 if lines.len() < PRODUCERS_MAX || make_place(&mut lines) {
                     let id = self.next.fetch_add(1, Ordering::Relaxed);
                     let room = Room::new(LINE.0, LINE.1);
                     let line = Producer::new(id, physical.clone(), is_canary, room, self.common.clone());
                     lines.insert(physical.clone(), line.clone());
-                    return line;
+                    return Ok(line);
                 }
             }
             // All of them have work; the first that has none any more makes place.
@@ -310,9 +321,12 @@ async fn sweep(producers: Arc<Producers>) {
             () = stop.cancelled() => {}
         }
     }
-    let closed = LaneError::Unavailable("the durable lane was closed".into());
     let lines: Vec<_> = producers.lock().drain().map(|(_, line)| line).collect();
-    lines.into_iter().for_each(|line| line.close(&closed));
+    lines.into_iter().for_each(|line| line.close(&closed()));
+}
+
+fn closed() -> LaneError {
+    LaneError::Unavailable("the durable lane was closed".into())
 }
 
 /// Refuses while the lane is down.

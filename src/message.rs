@@ -364,30 +364,28 @@ pub struct Stored {
 
 impl Envelope {
     pub fn ephemeral(topic: Topic, message: Message, reply_to: Option<ReplyTo>) -> Self {
-        let trace = TraceParent::sampled(&message.headers);
-        Self {
-            topic,
-            lane: Lane::Ephemeral,
-            lanes: OnceLock::new(),
-            message,
-            stored: None,
-            reply_to,
-            trace,
-            brought: timed(trace),
-            encoded: OnceLock::new(),
-            verdicts: Mutex::default(),
-        }
+        Self::new(Lane::Ephemeral, topic, message, None, reply_to)
     }
 
     pub fn durable(topic: Topic, message: Message, stored: Stored) -> Self {
+        Self::new(Lane::Durable, topic, message, Some(stored), None)
+    }
+
+    fn new(
+        lane: Lane,
+        topic: Topic,
+        message: Message,
+        stored: Option<Stored>,
+        reply_to: Option<ReplyTo>,
+    ) -> Self {
         let trace = TraceParent::sampled(&message.headers);
         Self {
             topic,
-            lane: Lane::Durable,
+            lane,
             lanes: OnceLock::new(),
             message,
-            stored: Some(stored),
-            reply_to: None,
+            stored,
+            reply_to,
             trace,
             brought: timed(trace),
             encoded: OnceLock::new(),

@@ -51,7 +51,7 @@ pub struct Monitor {
     newest: watch::Sender<Arc<Newest>>,
     events: broadcast::Sender<Utf8Bytes>,
     recent: Mutex<VecDeque<Value>>,
-    /// Somebody begins to watch.
+    /// A body before its time: somebody begins to watch, or a lane went or came.
     wanted: Notify,
 }
 
@@ -114,9 +114,13 @@ impl Monitor {
                 // What was missed stands in the next body.
                 notice = notices.recv() => match notice {
                     Ok(Notice::LaneDown { lane, message }) => {
+                        monitor.wanted.notify_one();
                         json!({"type": "LaneDown", "lane": lane.as_str(), "message": message})
                     }
-                    Ok(Notice::LaneUp { lane }) => json!({"type": "LaneUp", "lane": lane.as_str()}),
+                    Ok(Notice::LaneUp { lane }) => {
+                        monitor.wanted.notify_one();
+                        json!({"type": "LaneUp", "lane": lane.as_str()})
+                    }
                     Ok(Notice::TopicDeleted { topic }) => json!({"type": "TopicDeleted", "topic": topic.as_str()}),
                     Ok(Notice::RoutesChanged { .. } | Notice::Draining { .. }) | Err(RecvError::Lagged(_)) => continue,
                     Err(RecvError::Closed) => return,
@@ -130,11 +134,7 @@ impl Monitor {
                     json!({"type": kind, "topic": changed.topic.as_str(), "group": &*changed.group})
                 }
             };
-            let is_of_lane = matches!(event["type"].as_str(), Some("LaneDown" | "LaneUp"));
             monitor.tell(event);
-            if is_of_lane {
-                monitor.look(&app, &before).await;
-            }
         }
     }
 

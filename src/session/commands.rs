@@ -75,7 +75,7 @@ impl Reader {
                     Fault::new(Code::Forbidden, message)
                 })?;
                 let bridge = self.session.bridge.clone();
-                self.while_answering(Box::pin(async move { bridge.reply(&to, draft).await })).await
+                Box::pin(self.while_answering(async move { bridge.reply(&to, draft).await })).await
             }
             Command::Ack { deliveries } => {
                 self.ack(request_id, &deliveries);
@@ -310,13 +310,13 @@ impl Reader {
         }
         let feeds = self.session.feeds.opening.clone();
         let _opening = match subscription.group.is_none() && subscription.takes(Lane::Durable) {
-            true => Some(self.while_answering(pin!(feeds.lock())).await),
+            true => Some(self.while_answering(feeds.lock()).await),
             false => None,
         };
         // Taken before anything is opened: whoever resumes at this time misses nothing.
         let ts = Timestamp::now();
         let opening = open(subscription.clone(), start.clone());
-        let mut opened = match self.while_answering(pin!(opening)).await {
+        let mut opened = match self.while_answering(opening).await {
             Ok(opened) => opened,
             Err(fault) => {
                 subscription.end();
@@ -357,7 +357,7 @@ impl Reader {
     async fn filter(&mut self, text: String) -> Result<Arc<Filter>, Fault> {
         let bridge = self.session.bridge.clone();
         let parsing = tokio::task::spawn_blocking(move || bridge.filters.get(&text));
-        let parsed = self.while_answering(pin!(parsing)).await;
+        let parsed = self.while_answering(parsing).await;
         let parsed = parsed.map_err(|error| Fault::new(Code::Internal, format!("filter: {error}")))?;
         parsed.map_err(|error| Fault::bad_request(error.to_string()))
     }
@@ -428,7 +428,7 @@ impl Reader {
             .map(|(key, subscription)| (key.clone(), subscription.clone()))
             .collect();
         let opening = self.session.feeds.opening.clone();
-        let _opening = self.while_answering(pin!(opening.lock())).await;
+        let _opening = self.while_answering(opening.lock()).await;
         let mut moving = Vec::new();
         for (key, old) in moved {
             self.subscriptions.remove(&key);
@@ -448,7 +448,7 @@ impl Reader {
             // What was stored since the routes changed is not missed.
             let opening = open(new.clone(), Start::Time(at));
             let old = (!is_group).then_some(old);
-            match self.while_answering(pin!(opening)).await {
+            match self.while_answering(opening).await {
                 Ok(opened) => moving.push((key, old, new, opened)),
                 Err(fault) => {
                     new.end();

@@ -236,7 +236,8 @@ impl Reader {
     }
 
     /// Waits for a step of a command while the answers to others go out.
-    pub async fn while_answering<T>(&mut self, mut step: impl Future<Output = T> + Unpin) -> T {
+    pub async fn while_answering<T>(&mut self, step: impl Future<Output = T>) -> T {
+        tokio::pin!(step);
         loop {
             tokio::select! {
                 // Mostly it need not wait at all.

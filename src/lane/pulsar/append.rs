@@ -263,7 +263,7 @@ impl Producers {
                 let mut lines = self.lock();
                 // Looked at under the lock: what is made behind the last sweep would never be answered.
                 if self.common.stop.is_cancelled() {
-                    return Err(closed());
+                    return Err(Fault::Closed.on_lane());
                 }
                 if let Some(line) = lines.get(physical).filter(|line| !line.is_closed()) {
                     return Ok(line.clone());
@@ -321,12 +321,9 @@ async fn sweep(producers: Arc<Producers>) {
             () = stop.cancelled() => {}
         }
     }
+    let closed = Fault::Closed.on_lane();
     let lines: Vec<_> = producers.lock().drain().map(|(_, line)| line).collect();
-    lines.into_iter().for_each(|line| line.close(&closed()));
-}
-
-fn closed() -> LaneError {
-    LaneError::Unavailable("the durable lane was closed".into())
+    lines.into_iter().for_each(|line| line.close(&closed));
 }
 
 /// Refuses while the lane is down.

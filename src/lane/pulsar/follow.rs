@@ -52,7 +52,7 @@ impl Tails {
             let fed = tokio::select! {
                 fed = feeding => fed,
                 () = ended.cancelled() => Ok(()),
-                () = stop.cancelled() => Err(LaneError::Unavailable("the durable lane was closed".into())),
+                () = stop.cancelled() => Err(Fault::Closed.on_lane()),
             };
             match (fed, weak.upgrade()) {
                 (Err(error), Some(tail)) => tail.fail(error),

@@ -42,11 +42,12 @@ impl Consumer {
         self.deliveries.recv().await
     }
 
-    /// The next entry, as `next`, or none (within) where the broker has made this the active consumer.
-    pub async fn next_or_active(&mut self) -> Option<Option<Delivery>> {
+    /// The entries that have come, at most so many, or none where the broker has made this the active consumer. `false`:
+    /// as `next` has it, subscribe again. Cancel safe.
+    pub async fn next_or_active(&mut self, into: &mut Vec<Delivery>, max: usize) -> bool {
         tokio::select! {
-            Ok(()) = self.activated.changed() => Some(None),
-            delivery = self.deliveries.recv() => delivery.map(Some),
+            Ok(()) = self.activated.changed() => true,
+            count = self.deliveries.recv_many(into, max) => count > 0,
         }
     }
 

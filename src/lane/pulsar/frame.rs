@@ -43,7 +43,8 @@ struct Hot {
 /// What one publish of one producer stored: a message, or a batch of them.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    pub metadata: MessageMetadata,
+    /// It is large, and the entry changes hands.
+    pub metadata: Box<MessageMetadata>,
     pub data: Bytes,
 }
 
@@ -160,7 +161,8 @@ fn entry(mut bytes: Bytes) -> Option<Entry> {
     if size > bytes.len() {
         return None;
     }
-    let metadata = MessageMetadata::decode(bytes.split_to(size)).ok()?;
+    let mut metadata = Box::<MessageMetadata>::default();
+    metadata.merge(bytes.split_to(size)).ok()?;
     Some(Entry { metadata, data: bytes })
 }
 

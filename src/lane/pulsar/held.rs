@@ -12,6 +12,7 @@ use crate::message::Envelope;
 pub type Key = (u64, u64);
 
 /// One entry and its messages.
+#[derive(Default)]
 pub struct Held {
     pub slots: Vec<Slot>,
     /// Acknowledgements under way.

@@ -396,7 +396,7 @@ mod tests {
     }
 
     fn entry(metadata: MessageMetadata, data: impl Into<Bytes>) -> Result<Entry, Broken> {
-        Ok(Entry { metadata, data: data.into() })
+        Ok(Entry { metadata: metadata.into(), data: data.into() })
     }
 
     fn id() -> MessageIdData {

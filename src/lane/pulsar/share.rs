@@ -13,10 +13,11 @@
 //! (`ack_set`), and what the broker delivers again is held against what was acknowledged here: it may have been sent
 //! before the acknowledgement arrived.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use foldhash::fast::RandomState;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -38,7 +39,7 @@ use super::passed_over::Lookout;
 use super::record::{self, Record};
 use super::session::Delivery;
 use crate::lane::contract::{Handed, LaneError, Tag};
-use crate::message::{Envelope, GroupMode, Message, Place, Position, Stored, Timestamp};
+use crate::message::{Envelope, GroupMode, Place, Position, Stored};
 use crate::topic::Topic;
 
 /// Settled entries that are remembered, so that a late copy of one is known.
@@ -72,7 +73,6 @@ pub enum Settle {
 /// An acknowledgement on its way.
 struct Acking {
     keys: Vec<Key>,
-    ids: Vec<MessageIdData>,
     done: Vec<oneshot::Sender<()>>,
 }
 
@@ -151,7 +151,8 @@ pub struct Share {
     waits: bool,
     /// Permits to give back.
     freed: u32,
-    entries: BTreeMap<Key, Held>,
+    /// By places that the broker numbers.
+    entries: HashMap<Key, Held, RandomState>,
     /// How many messages are acknowledged of each entry of which others are left.
     within: BTreeMap<Key, u64>,
     past: VecDeque<Key>,
@@ -197,7 +198,7 @@ impl Share {
             meeting: None,
             waits: false,
             freed: 0,
-            entries: BTreeMap::new(),
+            entries: HashMap::default(),
             within: BTreeMap::new(),
             past: VecDeque::new(),
             due: BTreeMap::new(),
@@ -266,19 +267,18 @@ impl Share {
         let next_due = self.due.first_key_value().map(|((at, _), _)| *at);
         let entries = &self.entries;
         let held = || entries.values().filter(|held| held.is_here()).count() as u64;
-        let mut settling = Vec::new();
+        let (mut came, mut settling) = (Vec::new(), Vec::new());
         tokio::select! {
-            first = consumer.next_or_active() => {
-                if let Some(first) = first.ok_or_else(lost)? {
-                    let mut deliveries = vec![first];
-                    while deliveries.len() < TURN {
-                        let Some(next) = consumer.try_next() else { break };
-                        deliveries.push(next);
+            is_open = consumer.next_or_active(&mut came, TURN) => {
+                if !is_open {
+                    return Err(lost());
+                }
+                match came.is_empty() {
+                    true => self.waits = false,
+                    false => {
+                        self.lives = true;
+                        self.deliver(came);
                     }
-                    self.lives = true;
-                    deliveries.into_iter().for_each(|delivery| self.deliver(delivery));
-                } else {
-                    self.waits = false;
                 }
             }
             count = self.inbox.recv_many(&mut settling, TURN) => {
@@ -316,7 +316,7 @@ impl Share {
         self.waits = self.subscribe.sub_type == SubType::Failover as i32;
         self.freed = self.quota - self.keep();
         for (number, acking) in &self.unconfirmed {
-            self.answers.push(answer(&consumer, *number, acking));
+            self.answers.push(answer(&consumer, *number, self.ids(&acking.keys)));
         }
         self.desk.opened(self.partition, consumer.closing());
         self.consumer = Some(consumer);
@@ -395,85 +395,96 @@ impl Share {
         }
     }
 
-    fn deliver(&mut self, delivery: Delivery) {
+    /// Puts on the desk what came.
+    fn deliver(&mut self, deliveries: Vec<Delivery>) {
+        let mut ready = Vec::with_capacity(deliveries.len());
+        for delivery in deliveries {
+            self.unpack(delivery, &mut ready);
+        }
+        self.desk.put(ready);
+    }
+
+    fn unpack(&mut self, delivery: Delivery, ready: &mut Vec<Result<Handed, LaneError>>) {
         let Delivery { id, redelivered, unacked, entry } = delivery;
         let key = (id.ledger_id, id.entry_id);
         let count = record::count(&entry) as usize;
         if self.closed && self.entries.get(&key).is_some_and(|held| held.came_back(&unacked)) {
             // Somebody else has sought the group, or the topic moved and its broker lost what it had confirmed last.
             self.forget();
+            ready.retain(Result::is_err);
         }
-        let held = self.entries.entry(key).or_insert_with(|| Held {
-            slots: Vec::new(),
-            acking: 0,
-            past: false,
-            unreadable: false,
-        });
+        let held = self.entries.entry(key).or_default();
         held.slots.resize(count, Slot::default());
-        let sent = (0..count).filter(|index| is_unacked(&unacked, *index)).count() as u32;
+        let mut sent = 0;
         for (index, slot) in held.slots.iter_mut().enumerate() {
             if !is_unacked(&unacked, index) {
                 *slot = Slot { state: State::Acked, attempt: slot.attempt, ..Slot::default() };
-            } else if slot.state == State::Done {
+                continue;
+            }
+            sent += 1;
+            if slot.state == State::Done {
                 // The broker was restarted and does not know any more.
                 slot.state = State::Gone;
             }
         }
-        let states: Vec<_> = held.slots.iter().map(|slot| slot.state).collect();
-        let wanted = |index: u32| states.get(index as usize).is_some_and(|state| *state != State::Acked);
+        let slots = &held.slots;
+        let wanted = |index: u32| slots.get(index as usize).is_some_and(|slot| slot.state != State::Acked);
         let records = record::unpack(&self.topic, self.partition, &id, entry, wanted);
 
-        let mut ready = Vec::new();
-        let mut taken = vec![false; count];
-        let (mut unreadable, mut copies) = (false, 0);
+        let (partition, era, epoch) = (self.partition, self.era, self.epoch);
+        // Whoever lost one of them did so before it came here.
+        let none_lost = self.lost.is_empty();
+        let (mut kept, mut copies, mut next) = (0, 0, 0);
+        held.unreadable = false;
         for Record { place, published, message } in records {
             let message = match message {
                 Ok(message) => message,
                 Err(why) => {
-                    ready.push(Err(why.on_lane(&self.topic, self.partition, place)));
-                    unreadable = true;
+                    ready.push(Err(why.on_lane(&self.topic, partition, place)));
+                    held.unreadable = true;
                     break;
                 }
             };
-            let envelope = self.envelope(place, published, message);
             let index = place.index as usize;
-            let Some(slot) = self.entries.get_mut(&key).and_then(|held| held.slots.get_mut(index)) else {
-                continue;
+            let Some((left_out, [slot, ..])) = held.slots.split_at_mut_checked(index) else { continue };
+            // What is left out was acknowledged here already, or compaction has removed it.
+            left_out[next..].iter_mut().for_each(|slot| slot.state = State::Acked);
+            next = index + 1;
+            kept += 1;
+            let position = match self.physical.is_partition() {
+                false => Position::Whole(place),
+                true => Position::in_partition(partition, place, published),
             };
+            let stored = Stored { partition, place, position };
+            let envelope = Arc::new(Envelope::durable(self.topic.clone(), message, stored));
             // A copy of what the client has, and what has its room already, takes none.
-            taken[index] = true;
-            copies += u32::from(std::mem::replace(&mut slot.permit, self.epoch) == self.epoch);
+            copies += u32::from(std::mem::replace(&mut slot.permit, epoch) == epoch);
             slot.envelope = Some(envelope.clone());
             if matches!(slot.state, State::Waiting | State::Out) {
                 // The broker did not know of the delay, or that the client still has it. It keeps to it here.
                 continue;
             }
             slot.state = State::Out;
-            let before = self.lost.take(self.partition, key, index);
+            let before = if none_lost { 0 } else { self.lost.take(partition, key, index) };
             slot.attempt = slot.attempt.max(redelivered).max(before) + 1;
-            ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag: self.tag(place) }));
+            let tag = Tag { partition, era, place };
+            ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag }));
+        }
+        let unreadable = held.unreadable;
+        if !unreadable {
+            held.slots[next..].iter_mut().for_each(|slot| slot.state = State::Acked);
         }
         // What is not handed out needs no permit.
-        let kept = taken.iter().filter(|taken| **taken).count() as u32;
-        self.freed += sent.saturating_sub(kept) + copies;
-        if let Some(held) = self.entries.get_mut(&key) {
-            held.unreadable = unreadable;
-        }
+        self.freed += u32::saturating_sub(sent, kept) + copies;
         if unreadable {
             // Nobody has had it, so it is not acknowledged; it comes again with the next subscription.
             self.retire(key);
-        } else {
-            // What is left out was acknowledged here already, or compaction has removed it.
-            if let Some(held) = self.entries.get_mut(&key) {
-                let left_out = held.slots.iter_mut().zip(&taken).filter(|(_, taken)| !**taken);
-                left_out.for_each(|(slot, _)| slot.state = State::Acked);
-            }
-            if kept == 0 {
-                self.acknowledge(vec![key], Vec::new());
-            }
+        } else if kept == 0 {
+            self.acknowledge(vec![key], Vec::new());
         }
-        self.count_within(&[key]);
-        self.desk.put(ready);
+        if count > 1 {
+            self.count_within(&[key]);
+        }
     }
 
     /// The broker counts whole entries; how much of them is done already is known here.
@@ -485,15 +496,6 @@ impl Share {
             }
         }
         self.desk.count_within(self.partition, self.within.values().sum());
-    }
-
-    fn envelope(&self, place: Place, published: Timestamp, message: Message) -> Arc<Envelope> {
-        let position = match self.physical.is_partition() {
-            false => Position::Whole(place),
-            true => Position::in_partition(self.partition, place, published),
-        };
-        let stored = Stored { partition: self.partition, place, position };
-        Arc::new(Envelope::durable(self.topic.clone(), message, stored))
     }
 
     async fn settle(&mut self, settling: Vec<Settle>) -> Result<(), Fault> {
@@ -543,31 +545,37 @@ impl Share {
         Some(key)
     }
 
-    fn acknowledge(&mut self, keys: Vec<Key>, done: Vec<oneshot::Sender<()>>) {
-        let mut ids = Vec::new();
-        for (ledger_id, entry_id) in &keys {
-            if let Some(held) = self.entries.get_mut(&(*ledger_id, *entry_id)) {
-                held.acking += 1;
-                let left = unacked_set(held.slots.iter().map(Slot::is_left));
-                let whole = left.iter().all(|word| *word == 0);
-                ids.push(MessageIdData {
-                    ledger_id: *ledger_id,
-                    entry_id: *entry_id,
-                    batch_size: (!whole).then_some(held.slots.len() as i32),
-                    ack_set: if whole { Vec::new() } else { left },
-                    ..Default::default()
-                });
-            }
-        }
-        let acking = Acking { keys, ids, done };
-        if acking.ids.is_empty() {
+    fn acknowledge(&mut self, mut keys: Vec<Key>, done: Vec<oneshot::Sender<()>>) {
+        keys.retain(|key| {
+            let held = self.entries.get_mut(key);
+            held.map(|held| held.acking += 1).is_some()
+        });
+        let acking = Acking { keys, done };
+        if acking.keys.is_empty() {
             return acking.confirm();
         }
         self.acked += 1;
         if let Some(consumer) = &self.consumer {
-            self.answers.push(answer(consumer, self.acked, &acking));
+            self.answers.push(answer(consumer, self.acked, self.ids(&acking.keys)));
         }
         self.unconfirmed.insert(self.acked, acking);
+    }
+
+    /// What is acknowledged of entries.
+    fn ids(&self, keys: &[Key]) -> Vec<MessageIdData> {
+        let held = keys.iter().filter_map(|key| Some((*key, self.entries.get(key)?)));
+        let ids = held.map(|((ledger_id, entry_id), held)| {
+            let left = unacked_set(held.slots.iter().map(Slot::is_left));
+            let whole = left.iter().all(|word| *word == 0);
+            MessageIdData {
+                ledger_id,
+                entry_id,
+                batch_size: (!whole).then_some(held.slots.len() as i32),
+                ack_set: if whole { Vec::new() } else { left },
+                ..Default::default()
+            }
+        });
+        ids.collect()
     }
 
     fn confirmed(&mut self, number: u64) {
@@ -689,7 +697,11 @@ fn ends(fault: &Fault) -> bool {
     fault.is_lasting() && !fault.is_not_found()
 }
 
-fn answer(consumer: &Consumer, number: u64, acking: &Acking) -> BoxFuture<'static, (u64, Result<(), Fault>)> {
-    let recorded = consumer.ack(acking.ids.clone());
+fn answer(
+    consumer: &Consumer,
+    number: u64,
+    ids: Vec<MessageIdData>,
+) -> BoxFuture<'static, (u64, Result<(), Fault>)> {
+    let recorded = consumer.ack(ids);
     Box::pin(async move { (number, recorded.await) })
 }

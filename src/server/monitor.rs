@@ -1,9 +1,12 @@
 //! The monitoring socket: how the bridge is, every two seconds, and what happens, when it happens.
 //!
 //! ```text
-//! app ──every 2 s──▶ the newest body ──a little behind──┐
-//! bridge, routes ──at once──▶ events, bounded ──────────┴──▶ a watcher's socket
+//! app ──every 2 s──▶ the newest body ──at the watcher's own moment──┐
+//! bridge, routes ──at once──▶ events, bounded ──────────────────────┴──▶ a watcher's socket
 //! ```
+//! A hundred watchers that are written to at once would hold up the messages of clients, so each has a moment of its own
+//! within the two seconds. What is made because a lane went or came waits for no moment.
+//!
 //! A watcher that is slow finds the newest body when it gets round to it, and never a queue of old ones. One that missed
 //! events gets a new snapshot, which holds the last of them.
 
@@ -29,9 +32,6 @@ use crate::telemetry::traffic::{Latency, Traffic};
 use crate::topic::Topic;
 
 const EVERY: Duration = Duration::from_secs(2);
-/// Within so long of the newest body each watcher gets it, at a moment of its own: a hundred that are written to at once
-/// would hold up the messages of clients.
-const SPREAD: Duration = Duration::from_millis(250);
 /// Events that one watcher has not been told of. One that is further behind gets a snapshot.
 const EVENTS_MAX: usize = 256;
 /// How many of the last events a snapshot holds.
@@ -60,6 +60,8 @@ struct Newest {
     body: Map<String, Value>,
     /// The same as a frame.
     frame: Utf8Bytes,
+    /// It was wanted before its time.
+    at_once: bool,
 }
 
 /// What was seen before, to tell rates.
@@ -100,11 +102,13 @@ impl Monitor {
         loop {
             let event = tokio::select! {
                 _ = ticks.tick() => {
-                    before = monitor.look(&app, &before).await;
+                    before = monitor.look(&app, &before, false).await;
                     continue;
                 }
                 () = monitor.wanted.notified() => {
-                    monitor.look(&app, &before).await;
+                    monitor.look(&app, &before, true).await;
+                    // Nobody may find another in its place that is in no hurry.
+                    ticks.reset();
                     continue;
                 }
                 Ok(()) = reloads.changed() => {
@@ -138,9 +142,10 @@ impl Monitor {
         }
     }
 
-    async fn look(&self, app: &App, before: &Sample) -> Sample {
+    async fn look(&self, app: &App, before: &Sample, at_once: bool) -> Sample {
         let now = Sample::take(app, self.newest.receiver_count() > 0);
-        self.newest.send_replace(Arc::new(Newest::make(app, before, &now).await));
+        let newest = Newest { at_once, ..Newest::make(app, before, &now).await };
+        self.newest.send_replace(Arc::new(newest));
         now
     }
 
@@ -211,7 +216,7 @@ impl Newest {
         });
         let frame = body.to_string().into();
         let Value::Object(body) = body else { return Self::default() };
-        Self { body, frame }
+        Self { body, frame, at_once: false }
     }
 }
 
@@ -285,8 +290,8 @@ async fn serve(app: Arc<App>, mut socket: WebSocket) -> Option<()> {
     }
     let mut events = app.monitor.events.subscribe();
     let mut frame = app.monitor.snapshot(&app, &newest.borrow_and_update().clone());
-    let behind = SPREAD.mul_f64(fastrand::f64());
-    let mut due = None;
+    let behind = EVERY.mul_f64(fastrand::f64());
+    let mut due: Option<Instant> = None;
     loop {
         timeout(WRITE_TIMEOUT, socket.send(Message::Text(frame))).await.ok()?.ok()?;
         frame = loop {
@@ -302,7 +307,9 @@ async fn serve(app: Arc<App>, mut socket: WebSocket) -> Option<()> {
                 },
                 changed = newest.changed() => {
                     changed.ok()?;
-                    due.get_or_insert(Instant::now() + behind);
+                    let wait = if newest.borrow().at_once { Duration::ZERO } else { behind };
+                    let at = Instant::now() + wait;
+                    due = Some(due.map_or(at, |due| due.min(at)));
                 }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                     due = None;

@@ -6,7 +6,7 @@
 //! a listing of all of them ─────────replaces────────▶ └───────┘
 //! ```
 //! A broker tells its watchers of a topic before it tells the producer that made it. What no watcher was told of a
-//! listing finds: one follows each placing of a watcher, and one comes now and then for what a broker forgot to tell.
+//! listing finds: two follow each placing of a watcher, and one comes now and then for what a broker forgot to tell.
 //! While a namespace has no watcher, because its broker takes none or is away, all are listed every second.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,6 +36,10 @@ use crate::topic::{Pattern, Topic};
 /// How often topics are listed while a namespace has no watcher, and while all have one.
 const UNWATCHED: Duration = Duration::from_secs(1);
 const WATCHED: Duration = Duration::from_secs(30);
+/// A broker answers whoever lists with a listing that is under way, if there is one. So only the second that follows the
+/// placing of a watcher has begun behind it, and what was told so lately may be missing in any.
+const LISTINGS: usize = 2;
+const UNLISTED: Duration = Duration::from_secs(10);
 /// A broker that refuses a watcher is asked again after this: it may have been set otherwise, or be another.
 const REFUSED: Duration = Duration::from_secs(30);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(500));
@@ -106,9 +110,10 @@ impl Topics {
             namespaces.iter().map(|(namespace, prefix)| self.keep_watching(namespace, prefix).boxed());
         let mut told = stream::select_all(watches);
         let mut unwatched = namespaces.len();
-        // What was told since a listing last ended: it may be newer than the next one.
-        let mut recent = BTreeSet::new();
+        // What was told lately: it may be newer than the next listing.
+        let mut recent = BTreeMap::new();
         let mut listing = pin!(Fuse::terminated());
+        let mut behind_placing = 0;
         let mut list_at = Instant::now() + UNWATCHED;
         loop {
             tokio::select! {
@@ -116,6 +121,7 @@ impl Topics {
                     Told::Watching => {
                         unwatched -= 1;
                         list_at = Instant::now();
+                        behind_placing = LISTINGS;
                     }
                     Told::Lost => {
                         unwatched += 1;
@@ -126,7 +132,8 @@ impl Topics {
                 listed = &mut listing => match listed {
                     Ok(listed) => {
                         let mut found: BTreeSet<_> = listed;
-                        found.append(&mut recent);
+                        found.extend(recent.keys().cloned());
+                        recent.retain(|_, told: &mut Instant| told.elapsed() < UNLISTED);
                         self.known.send_if_modified(|known| std::mem::replace(known, found) != *known);
                     }
                     Err(error) => {
@@ -135,7 +142,13 @@ impl Topics {
                     }
                 },
                 () = tokio::time::sleep_until(list_at), if listing.is_terminated() => {
-                    list_at = Instant::now() + if unwatched == 0 { WATCHED } else { UNWATCHED };
+                    behind_placing = usize::saturating_sub(behind_placing, 1);
+                    let pause = match (behind_placing, unwatched) {
+                        (1.., _) => Duration::ZERO,
+                        (0, 0) => WATCHED,
+                        (0, _) => UNWATCHED,
+                    };
+                    list_at = Instant::now() + pause;
                     self.metrics.listed_topics();
                     listing.set(self.list(namespaces.keys()).fuse());
                 }
@@ -143,7 +156,7 @@ impl Topics {
         }
     }
 
-    fn change(&self, changed: Changed, recent: &mut BTreeSet<Topic>) {
+    fn change(&self, changed: Changed, recent: &mut BTreeMap<Topic, Instant>) {
         let table = self.policy.table();
         let topics = |names: Vec<String>| names.into_iter().filter_map(|name| topic_of(&table, name));
         self.known.send_if_modified(|known| {
@@ -155,7 +168,7 @@ impl Topics {
             }
             let left = known.len();
             for topic in topics(changed.appeared) {
-                recent.insert(topic.clone());
+                recent.insert(topic.clone(), Instant::now());
                 known.insert(topic);
             }
             left < before || known.len() > left

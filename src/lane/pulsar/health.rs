@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::cluster::Cluster;
+use super::fault::Fault;
 use super::heartbeat::Heartbeat;
 use crate::lane::contract::LaneState;
 
@@ -38,7 +39,7 @@ impl Health {
     pub async fn run(self, stop: CancellationToken) {
         tokio::select! {
             () = self.watch() => {}
-            () = stop.cancelled() => self.is_down("the durable lane was closed".into()),
+            () = stop.cancelled() => self.is_down(Fault::Closed.to_string()),
         }
     }
 

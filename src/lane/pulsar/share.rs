@@ -415,7 +415,7 @@ impl Share {
         }
         let held = self.entries.entry(key).or_default();
         held.slots.resize(count, Slot::default());
-        let mut sent = 0;
+        let mut sent = 0_u32;
         for (index, slot) in held.slots.iter_mut().enumerate() {
             if !is_unacked(&unacked, index) {
                 *slot = Slot { state: State::Acked, attempt: slot.attempt, ..Slot::default() };
@@ -475,7 +475,7 @@ impl Share {
             held.slots[next..].iter_mut().for_each(|slot| slot.state = State::Acked);
         }
         // What is not handed out needs no permit.
-        self.freed += u32::saturating_sub(sent, kept) + copies;
+        self.freed += sent.saturating_sub(kept) + copies;
         if unreadable {
             // Nobody has had it, so it is not acknowledged; it comes again with the next subscription.
             self.retire(key);

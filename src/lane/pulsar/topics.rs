@@ -36,9 +36,10 @@ use crate::topic::{Pattern, Topic};
 /// How often topics are listed while a namespace has no watcher, and while all have one.
 const UNWATCHED: Duration = Duration::from_secs(1);
 const WATCHED: Duration = Duration::from_secs(30);
-/// A broker answers whoever lists with a listing that is under way, if there is one. So only the second that follows the
-/// placing of a watcher has begun behind it, and what was told so lately may be missing in any.
+/// Listings that follow the placing of a watcher. A broker answers with one that is under way, if there is one, so only
+/// the second has surely begun behind it.
 const LISTINGS: usize = 2;
+/// For the same reason what was told so lately may be missing in a listing, and is known all the same.
 const UNLISTED: Duration = Duration::from_secs(10);
 /// A broker that refuses a watcher is asked again after this: it may have been set otherwise, or be another.
 const REFUSED: Duration = Duration::from_secs(30);
@@ -111,9 +112,9 @@ impl Topics {
         let mut told = stream::select_all(watches);
         let mut unwatched = namespaces.len();
         // What was told lately: it may be newer than the next listing.
-        let mut recent = BTreeMap::new();
+        let mut recent = BTreeMap::<Topic, Instant>::new();
         let mut listing = pin!(Fuse::terminated());
-        let mut behind_placing = 0;
+        let mut behind_placing = 0_usize;
         let mut list_at = Instant::now() + UNWATCHED;
         loop {
             tokio::select! {
@@ -133,7 +134,7 @@ impl Topics {
                     Ok(listed) => {
                         let mut found: BTreeSet<_> = listed;
                         found.extend(recent.keys().cloned());
-                        recent.retain(|_, told: &mut Instant| told.elapsed() < UNLISTED);
+                        recent.retain(|_, told| told.elapsed() < UNLISTED);
                         self.known.send_if_modified(|known| std::mem::replace(known, found) != *known);
                     }
                     Err(error) => {
@@ -142,7 +143,7 @@ impl Topics {
                     }
                 },
                 () = tokio::time::sleep_until(list_at), if listing.is_terminated() => {
-                    behind_placing = usize::saturating_sub(behind_placing, 1);
+                    behind_placing = behind_placing.saturating_sub(1);
                     let pause = match (behind_placing, unwatched) {
                         (1.., _) => Duration::ZERO,
                         (0, 0) => WATCHED,

@@ -4,12 +4,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Write as _;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
-use uuid::Uuid;
+use sha1::{Digest, Sha1};
+use uuid::{ContextV7, Uuid};
 
 use crate::topic::Topic;
 
@@ -102,16 +104,31 @@ impl GroupMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MessageId(Uuid);
 
+/// Keeps the ids of one millisecond apart, and in order.
+static IDS: Mutex<ContextV7> = Mutex::new(ContextV7::new());
+
 impl MessageId {
     /// A new id (UUIDv7: they sort by the time they were made, within a process strictly).
     pub fn new() -> Self {
-        Self(Uuid::now_v7())
+        Self::at(Timestamp::now())
+    }
+
+    fn at(now: Timestamp) -> Self {
+        let millis = now.as_millis().max(0) as u64;
+        let nanos = (millis % 1000) as u32 * 1_000_000;
+        let ids = IDS.lock().unwrap_or_else(PoisonError::into_inner);
+        Self(Uuid::new_v7(uuid::Timestamp::from_unix(&*ids, millis / 1000, nanos)))
     }
 
     /// The id of a message that came from a native client without one: the same on every bridge.
-    pub fn derived(topic: &str, position: &str) -> Self {
-        let name = format!("twinspan:{topic}:{position}");
-        Self(Uuid::new_v5(&Uuid::NAMESPACE_URL, name.as_bytes()))
+    pub fn derived(topic: &str, position: impl fmt::Display) -> Self {
+        // A UUIDv5 of a URL. Hashed here, because `uuid` hashes a name that is whole, and in software.
+        let mut hash = Sha1::new_with_prefix(Uuid::NAMESPACE_URL);
+        // Writing into a hash does not fail.
+        let _ = write!(hash, "twinspan:{topic}:{position}");
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&hash.finalize()[..16]);
+        Self(uuid::Builder::from_sha1_bytes(bytes).into_uuid())
     }
 
     /// The id of another message of the same entry, where this is the first one's.
@@ -283,7 +300,7 @@ impl Draft {
     pub fn accept(self) -> Message {
         let ts = Timestamp::now();
         Message {
-            id: Some(self.id.unwrap_or_default()),
+            id: Some(self.id.unwrap_or_else(|| MessageId::at(ts))),
             ts,
             payload: self.payload,
             key: self.key,
@@ -690,7 +707,28 @@ mod tests {
         let id = MessageId::new();
         assert_eq!(id.to_string().parse::<MessageId>().unwrap(), id);
         assert!(id.to_string().replace('-', "").parse::<MessageId>().is_err());
-        assert_eq!(MessageId::derived("a", "1"), MessageId::derived("a", "1"));
-        assert_ne!(MessageId::derived("a", "1"), MessageId::derived("b", "1"));
+    }
+
+    #[test]
+    fn the_id_of_a_native_message_is_the_uuid_v5_of_its_place() {
+        // By Python's `uuid.uuid5(uuid.NAMESPACE_URL, "twinspan:orders.eu:2:3-7-0")`.
+        let derived = MessageId::derived("orders.eu", "2:3-7-0");
+        assert_eq!(derived.to_string(), "4038f444-807f-5fa8-a49f-3f4836d015cf");
+    }
+
+    #[test]
+    fn ids_have_the_time_of_their_message_and_sort_as_they_were_made_also_where_the_clock_is_set_back() {
+        let messages: Vec<_> = (0..1000).map(|_| Draft::default().accept()).collect();
+        let mut ids: Vec<_> = messages.iter().map(|message| message.id.unwrap()).collect();
+        for (id, message) in ids.iter().zip(&messages) {
+            assert_eq!(id.0.get_version(), Some(uuid::Version::SortRand));
+            let (seconds, nanos) = id.0.get_timestamp().unwrap().to_unix();
+            let millis = seconds as i64 * 1000 + i64::from(nanos) / 1_000_000;
+            // What other tests make meanwhile is in the same order.
+            assert!((0..60_000).contains(&(millis - message.ts.as_millis())));
+        }
+        ids.push(MessageId::at(messages[0].ts.before(Duration::from_secs(3600))));
+        ids.push(MessageId::new());
+        assert!(ids.is_sorted_by(|before, behind| before < behind));
     }
 }

@@ -17,12 +17,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, Shared};
+use futures_util::future::{Either, Shared};
 use tokio::sync::{Mutex as Turn, mpsc};
 
-use crate::lane::contract::{DurableLane, EphemeralLane, LaneError, Publisher, Receipt};
+use crate::lane::contract::{Appending, DurableLane, EphemeralLane, LaneError, Publisher, Receipt};
 use crate::lane::headers;
-use crate::message::{LIVE, Lane, Lanes, LiveNo, Message, Position};
+use crate::message::{LIVE, Lane, Lanes, LiveNo, Message};
 use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
 use crate::topic::Topic;
@@ -55,7 +55,7 @@ struct Line {
     copies: mpsc::Sender<Copy>,
 }
 
-type Stored = Shared<BoxFuture<'static, Result<Position, LaneError>>>;
+type Stored = Shared<Receipt>;
 
 struct Copy {
     route: Arc<Route>,
@@ -81,9 +81,9 @@ impl Both {
         topic: &'a Topic,
         message: Message,
         publisher: Publisher,
-    ) -> BoxFuture<'a, Result<Receipt, LaneError>> {
+    ) -> Appending<'a> {
         match route.lane {
-            Lanes::Both => Box::pin(self.append_to_both(route, topic, message, publisher)),
+            Lanes::Both => Either::Right(self.append_to_both(route, topic, message, publisher).boxed()),
             Lanes::One(_) => self.durable.append(route, topic, message, publisher),
         }
     }
@@ -107,7 +107,7 @@ impl Both {
         let waiting = line.copies.reserve().await;
         let appended = self.durable.append(route, topic, message, publisher).await?;
         let stored = match route.is_live_first() {
-            true => appended.map(|stored| stored.map_err(sent_live)).boxed().shared(),
+            true => Receipt::of(appended.map(|stored| stored.map_err(sent_live))).shared(),
             false => appended.shared(),
         };
         let copy =
@@ -116,7 +116,7 @@ impl Both {
         if let Ok(waiting) = waiting {
             waiting.send(copy);
         }
-        Ok(Box::pin(stored))
+        Ok(Receipt::of(stored))
     }
 
     fn line(&self, topic: &Topic) -> Arc<Line> {

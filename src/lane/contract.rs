@@ -11,13 +11,17 @@
 //! what comes from a broker, in the policy. It knows nothing of clients.
 
 use std::collections::BTreeSet;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::future::BoxFuture;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Either, Ready};
 use tokio::sync::watch;
 
+use super::slot::Waiting;
 use super::tail::Tail;
 use crate::message::{Envelope, GroupMode, Message, Position, ReplyTo, Start, Timestamp};
 use crate::origin::Problem;
@@ -164,8 +168,41 @@ pub trait EphemeralLane: Send + Sync {
     async fn close(&self);
 }
 
+/// A message on its way into its line. Most find room at once, and take no box.
+pub type Appending<'a> = Either<Ready<Result<Receipt, LaneError>>, BoxFuture<'a, Result<Receipt, LaneError>>>;
+
 /// What becomes of an appended message: its position once it is stored.
-pub type Receipt = BoxFuture<'static, Result<Position, LaneError>>;
+pub struct Receipt(Kind);
+
+enum Kind {
+    Boxed(BoxFuture<'static, Result<Position, LaneError>>),
+    /// Without an allocation of its own.
+    InSlot(Waiting),
+}
+
+impl Receipt {
+    pub fn of(outcome: impl Future<Output = Result<Position, LaneError>> + Send + 'static) -> Self {
+        Self(Kind::Boxed(outcome.boxed()))
+    }
+}
+
+/// Of a topic without partitions.
+impl From<Waiting> for Receipt {
+    fn from(waiting: Waiting) -> Self {
+        Self(Kind::InSlot(waiting))
+    }
+}
+
+impl Future for Receipt {
+    type Output = Result<Position, LaneError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.0 {
+            Kind::Boxed(outcome) => outcome.poll_unpin(context),
+            Kind::InSlot(waiting) => waiting.poll_unpin(context).map_ok(Position::Whole),
+        }
+    }
+}
 
 /// Who publishes: a connection, or whatever else keeps an order of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -208,13 +245,13 @@ pub trait DurableLane: Send + Sync {
     /// without a key, are stored in the order of the calls. What was confirmed
     /// can be read from then on. Dropping a receipt takes nothing back. In a topic of several partitions a message
     /// goes where its key says, and without a key where its `publisher`'s others went.
-    async fn append(
-        &self,
-        route: &Arc<Route>,
-        topic: &Topic,
+    fn append<'a>(
+        &'a self,
+        route: &'a Arc<Route>,
+        topic: &'a Topic,
         message: Message,
         publisher: Publisher,
-    ) -> Result<Receipt, LaneError>;
+    ) -> Appending<'a>;
 
     /// The topic's shared tail: what is stored from now on, however many follow it. It ends only with an error that
     /// it hands to its followers.

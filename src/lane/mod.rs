@@ -11,6 +11,7 @@ pub mod nats;
 pub mod pulsar;
 pub mod recent;
 pub mod settings;
+pub mod slot;
 pub mod tail;
 
 use std::path::Path;

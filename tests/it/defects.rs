@@ -9,13 +9,14 @@ use axum::Router;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::routing::get;
 use bytes::Bytes;
+use futures_util::future::{Either, ready};
 use serde_json::json;
 use tokio::sync::watch;
 use twinspan::client::{Client, ClientError};
 use twinspan::lane::bus::Bus;
 use twinspan::lane::contract::{
-    DurableLane, Ear, EphemeralLane, GroupReport, Joining, LaneError, LaneState, Listening, Member,
-    Publisher, Reader, Receipt,
+    Appending, DurableLane, Ear, EphemeralLane, GroupReport, Joining, LaneError, LaneState, Listening,
+    Member, Publisher, Reader, Receipt,
 };
 use twinspan::lane::tail::Tail;
 use twinspan::message::{Envelope, Message, ReplyTo, Start, Timestamp};
@@ -93,28 +94,21 @@ impl Failing {
 
 #[async_trait]
 impl DurableLane for Failing {
-    async fn append(
-        &self,
-        _: &Arc<Route>,
-        topic: &Topic,
-        _: Message,
-        _: Publisher,
-    ) -> Result<Receipt, LaneError> {
-        let topic = topic.clone();
+    fn append<'a>(&'a self, _: &'a Arc<Route>, topic: &'a Topic, _: Message, _: Publisher) -> Appending<'a> {
         let later = match topic.as_str() {
             "orders.unknown" => LaneError::OutcomeUnknown("the connection broke".into()),
             "orders.full" => LaneError::StorageFull("the disk is full".into()),
             "orders.large" => LaneError::TooLarge { size: 9, max: 8 },
             "orders.odd" => LaneError::Internal("a defect at the broker".into()),
             "orders.defect" => {
-                return Ok(Box::pin(async {
+                return Either::Left(ready(Ok(Receipt::of(async {
                     tokio::task::yield_now().await;
                     panic!("a defect, on purpose")
-                }));
+                }))));
             }
-            _ => return Err(Self::unavailable()),
+            _ => return Either::Left(ready(Err(Self::unavailable()))),
         };
-        Ok(Box::pin(async move { Err(later) }))
+        Either::Left(ready(Ok(Receipt::of(async move { Err(later) }))))
     }
 
     async fn tail(&self, _: &Arc<Route>, _: &Topic) -> Result<Arc<Tail>, LaneError> {

@@ -7,12 +7,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use futures_util::future::Either;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use twinspan::client::Client;
 use twinspan::lane::bus::Bus;
 use twinspan::lane::contract::{
-    DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
+    Appending, DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
 };
 use twinspan::lane::open_durable;
 use twinspan::lane::tail::Tail;
@@ -392,29 +393,32 @@ impl Reluctant {
 
 #[async_trait]
 impl DurableLane for Reluctant {
-    async fn append(
-        &self,
-        route: &Arc<Route>,
-        topic: &Topic,
+    fn append<'a>(
+        &'a self,
+        route: &'a Arc<Route>,
+        topic: &'a Topic,
         message: Message,
         publisher: Publisher,
-    ) -> Result<Receipt, LaneError> {
-        let is_dead = topic.as_str().starts_with("dead.");
-        if is_dead && self.refuses.load(Ordering::SeqCst) {
-            return Err(LaneError::StorageFull("the disk is full".into()));
-        }
-        if is_dead && self.hangs.load(Ordering::SeqCst) {
-            return Ok(Box::pin(std::future::pending()));
-        }
-        let receipt = self.log.append(route, topic, message, publisher).await?;
-        let mut waits = self.waits.subscribe();
-        Ok(Box::pin(async move {
-            let stored = receipt.await;
-            if is_dead {
-                waits.wait_for(|waits| !waits).await.unwrap();
+    ) -> Appending<'a> {
+        let appending = async move {
+            let is_dead = topic.as_str().starts_with("dead.");
+            if is_dead && self.refuses.load(Ordering::SeqCst) {
+                return Err(LaneError::StorageFull("the disk is full".into()));
             }
-            stored
-        }))
+            if is_dead && self.hangs.load(Ordering::SeqCst) {
+                return Ok(Receipt::of(std::future::pending()));
+            }
+            let receipt = self.log.append(route, topic, message, publisher).await?;
+            let mut waits = self.waits.subscribe();
+            Ok(Receipt::of(async move {
+                let stored = receipt.await;
+                if is_dead {
+                    waits.wait_for(|waits| !waits).await.unwrap();
+                }
+                stored
+            }))
+        };
+        Either::Right(Box::pin(appending))
     }
 
     async fn tail(&self, route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError> {

@@ -252,7 +252,7 @@ impl Frames {
     fn message(&mut self) -> Value {
         let mut message = json!({"payload": self.payload()});
         match self.rng.u8(..8) {
-            0 => message["id"] = json!(MessageId::derived("seed", &self.made.to_string()).to_string()),
+            0 => message["id"] = json!(MessageId::derived("seed", self.made).to_string()),
             1 => message["key"] = json!("k"),
             2 => message["headers"] = json!({"a": "b", "traceparent": "00-1-2-3"}),
             3 => message["event_time"] = json!("2026-11-21T09:00:00.123Z"),

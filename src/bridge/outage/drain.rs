@@ -14,7 +14,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::FutureExt;
 use tokio::time::{sleep, sleep_until, timeout};
 use tracing::{debug, error, info, warn};
 
@@ -200,7 +199,7 @@ impl Drain {
         };
         match self.shared.while_up(append).await {
             Ok(receipt) => receipt,
-            Err(error) => std::future::ready(Err(error)).boxed(),
+            Err(error) => Receipt::of(std::future::ready(Err(error))),
         }
     }
 

@@ -116,7 +116,7 @@ impl Spool {
             )));
         }
         let receipt = log.keep(topic, message).await?;
-        Ok(Box::pin(async move {
+        Ok(Receipt::of(async move {
             let _under_way = under_way;
             receipt.await
         }))

@@ -18,6 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use futures_util::FutureExt;
+use futures_util::future::Either;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio::time::{timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -33,7 +35,7 @@ use self::store::{Store, open_file};
 use self::topics::{TopicLog, Topics, lock};
 use self::writer::Writer;
 use super::contract::{
-    DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
+    Appending, DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
 };
 use super::tail::Tail;
 use crate::message::{Lane, Message, Place, Start, Timestamp};
@@ -157,7 +159,7 @@ impl Journal {
         let (receipt, stored) = oneshot::channel();
         let log = self.log.topics.get(topic);
         place.send(Command::Append { log, retention, message, room, receipt });
-        Ok(Box::pin(async move {
+        Ok(Receipt::of(async move {
             match timeout_at(deadline, stored).await {
                 Ok(Ok(outcome)) => outcome,
                 Ok(Err(_)) => Err(LaneError::OutcomeUnknown("the log ended before it answered".into())),
@@ -201,14 +203,14 @@ impl Holding {
 
 #[async_trait]
 impl DurableLane for Journal {
-    async fn append(
-        &self,
-        route: &Arc<Route>,
-        topic: &Topic,
+    fn append<'a>(
+        &'a self,
+        route: &'a Arc<Route>,
+        topic: &'a Topic,
         message: Message,
         _publisher: Publisher,
-    ) -> Result<Receipt, LaneError> {
-        self.put(topic, route.retention, message).await
+    ) -> Appending<'a> {
+        Either::Right(self.put(topic, route.retention, message).boxed())
     }
 
     async fn tail(&self, _route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError> {

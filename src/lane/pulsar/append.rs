@@ -8,26 +8,26 @@
 //! that nobody uses.
 
 use std::collections::HashMap;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures_util::future::{Either, FutureExt, TryFutureExt, ready};
 use tokio::runtime::Handle;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use super::batch::{Stored, Ticket};
+use super::batch::Ticket;
 use super::cluster::Cluster;
 use super::fault::Fault;
 use super::names::{self, Physical};
 use super::producer::{Common, Producer};
 use super::record;
 use super::room::Room;
-use crate::lane::contract::{LaneError, LaneState, Publisher, durable_down};
-use crate::message::{Message, Place, Position, Timestamp};
+use crate::lane::contract::{Appending, LaneError, LaneState, Publisher, Receipt, durable_down};
+use crate::lane::slot::Waiting;
+use crate::message::{Message, Place, Position};
 use crate::policy::table::Route;
 use crate::telemetry::metrics::Metrics;
 use crate::topic::Topic;
@@ -85,34 +85,40 @@ impl Producers {
         producers
     }
 
-    /// Puts a message in its topic's line, and waits for room in it.
-    pub async fn append(
-        &self,
-        route: &Arc<Route>,
-        topic: &Topic,
+    /// Puts a message in its topic's line, and waits for room in it. The sweep sees to it that the receipt comes within
+    /// the publish timeout.
+    pub fn append<'a>(
+        &'a self,
+        route: &'a Arc<Route>,
+        topic: &'a Topic,
         message: Message,
         publisher: Publisher,
-    ) -> Result<Receipt, LaneError> {
-        up(&self.state)?;
-        record::check(&message)?;
-        let (size, max) = (record::size(&message), self.common.cluster.message_bytes_max());
-        if size > max {
-            return Err(LaneError::TooLarge { size, max });
-        }
+    ) -> Appending<'a> {
+        let size = match self.check(&message) {
+            Ok(size) => size,
+            Err(refused) => return Either::Left(ready(Err(refused))),
+        };
         let now = Instant::now();
-        let (done, stored) = oneshot::channel();
-        let ticket = Ticket { done, deadline: now + self.common.timeout, bytes: size as u32 };
+        let ticket = Ticket { deadline: now + self.common.timeout, bytes: size as u32 };
         let known = self.known(route, topic, now);
         let put = match &known {
             Some(producer) => self.try_put(producer, message, ticket),
-            None => Some((message, ticket)),
+            None => Err(message),
         };
-        // What a message seldom needs is on the heap: else every message would carry the room for it.
-        let partition = match put {
-            None => None,
-            Some(back) => Box::pin(self.find_and_wait(known, route, topic, back, publisher)).await?,
-        };
-        Ok(Receipt { stored, partition })
+        match put {
+            Ok(waiting) => Either::Left(ready(Ok(waiting.into()))),
+            Err(message) => {
+                Either::Right(self.find_and_wait(known, route, topic, message, ticket, publisher).boxed())
+            }
+        }
+    }
+
+    /// Refuses what cannot be stored now. Returns the message's size.
+    fn check(&self, message: &Message) -> Result<usize, LaneError> {
+        up(&self.state)?;
+        record::check(message)?;
+        let (size, max) = (record::size(message), self.common.cluster.message_bytes_max());
+        if size > max { Err(LaneError::TooLarge { size, max }) } else { Ok(size) }
     }
 
     /// Puts it in the line of the partition that is found for it, or waits for room in the one that is known.
@@ -121,18 +127,25 @@ impl Producers {
         known: Option<Arc<Producer>>,
         route: &Arc<Route>,
         topic: &Topic,
-        (message, ticket): (Message, Ticket),
+        message: Message,
+        ticket: Ticket,
         publisher: Publisher,
-    ) -> Result<Option<(u32, Timestamp)>, LaneError> {
+    ) -> Result<Receipt, LaneError> {
         let (producer, partition) = match known {
             Some(producer) => (producer, None),
             None => self.find(route, topic, &message, publisher, Instant::now()).await?,
         };
-        let partition = partition.map(|partition| (partition, message.ts));
-        if let Some((message, ticket)) = self.try_put(&producer, message, ticket) {
-            self.wait_to_put(producer, message, ticket).await?;
-        }
-        Ok(partition)
+        let ts = message.ts;
+        let waiting = match self.try_put(&producer, message, ticket) {
+            Ok(waiting) => waiting,
+            Err(message) => self.wait_to_put(producer, message, ticket).await?,
+        };
+        Ok(match partition {
+            None => waiting.into(),
+            Some(number) => {
+                Receipt::of(waiting.map_ok(move |place| Position::in_partition(number, place, ts)))
+            }
+        })
     }
 
     fn known(&self, route: &Arc<Route>, topic: &Topic, now: Instant) -> Option<Arc<Producer>> {
@@ -181,9 +194,7 @@ impl Producers {
         let deadline = Instant::now() + within;
         let probing = async {
             let producer = self.line(physical, true).await?;
-            let (done, stored) = oneshot::channel();
-            self.put(producer, message, Ticket { done, deadline, bytes: 0 }).await?;
-            stored.await.unwrap_or_else(|_| Err(LaneError::Unavailable("the producer was closed".into())))
+            self.put(producer, message, Ticket { deadline, bytes: 0 }).await?.await
         };
         timeout_at(deadline, probing).await.unwrap_or_else(|_| {
             Err(LaneError::Unavailable(format!(
@@ -198,7 +209,7 @@ impl Producers {
         producer: Arc<Producer>,
         message: Message,
         ticket: Ticket,
-    ) -> Result<(), LaneError> {
+    ) -> Result<Waiting, LaneError> {
         let mut state = self.state.clone();
         let deadline = ticket.deadline;
         tokio::select! {
@@ -215,10 +226,13 @@ impl Producers {
         &self,
         mut producer: Arc<Producer>,
         mut message: Message,
-        mut ticket: Ticket,
-    ) -> Result<(), LaneError> {
-        while let Some(back) = self.try_put(&producer, message, ticket) {
-            (message, ticket) = back;
+        ticket: Ticket,
+    ) -> Result<Waiting, LaneError> {
+        loop {
+            message = match self.try_put(&producer, message, ticket) {
+                Ok(waiting) => return Ok(waiting),
+                Err(back) => back,
+            };
             match producer.is_closed() {
                 // It was closed for want of use just now; another is made for the message.
                 true => producer = self.line(&producer.physical, producer.is_canary).await?,
@@ -226,34 +240,33 @@ impl Producers {
                     let line = producer.room.take(ticket.bytes).await;
                     let all = self.common.room.take(ticket.bytes).await;
                     match producer.push(message, ticket) {
-                        None => {
+                        Ok(waiting) => {
                             line.keep();
                             all.keep();
-                            return Ok(());
+                            return Ok(waiting);
                         }
-                        Some(back) => (message, ticket) = back,
+                        Err(back) => message = back,
                     }
                 }
             }
         }
-        Ok(())
     }
 
     /// Hands the message back where there is no room for it, or the producer is closed.
+    // Handed back as it came: a box for it would be an allocation.
+    #[allow(clippy::result_large_err)]
     fn try_put(
         &self,
         producer: &Arc<Producer>,
         message: Message,
         ticket: Ticket,
-    ) -> Option<(Message, Ticket)> {
+    ) -> Result<Waiting, Message> {
         let (line, all) = (producer.room.try_take(ticket.bytes), self.common.room.try_take(ticket.bytes));
-        let (Some(line), Some(all)) = (line, all) else { return Some((message, ticket)) };
-        let back = producer.push(message, ticket);
-        if back.is_none() {
-            line.keep();
-            all.keep();
-        }
-        back
+        let (Some(line), Some(all)) = (line, all) else { return Err(message) };
+        let waiting = producer.push(message, ticket)?;
+        line.keep();
+        all.keep();
+        Ok(waiting)
     }
 
     /// A topic's producer, made where there is none. Where there are too many one without work makes place.
@@ -331,28 +344,5 @@ pub fn up(state: &watch::Receiver<LaneState>) -> Result<(), LaneError> {
     match &*state.borrow() {
         LaneState::Up => Ok(()),
         LaneState::Down(why) => Err(LaneError::Unavailable(format!("the durable lane is down: {why}"))),
-    }
-}
-
-/// What becomes of a message. The sweep sees to it that it never waits longer than the publish timeout.
-pub struct Receipt {
-    stored: oneshot::Receiver<Stored>,
-    /// The partition it went to, and when it was accepted; none: the topic has no partitions.
-    partition: Option<(u32, Timestamp)>,
-}
-
-impl Future for Receipt {
-    type Output = Result<Position, LaneError>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let partition = self.partition;
-        Pin::new(&mut self.stored).poll(context).map(|stored| match (stored, partition) {
-            (Ok(Ok(place)), None) => Ok(Position::Whole(place)),
-            (Ok(Ok(place)), Some((number, ts))) => Ok(Position::in_partition(number, place, ts)),
-            (Ok(Err(error)), _) => Err(error),
-            (Err(_), _) => {
-                Err(LaneError::OutcomeUnknown("the producer ended before the receipt came".into()))
-            }
-        })
     }
 }

@@ -12,12 +12,12 @@ use std::collections::{HashMap, VecDeque};
 
 use bytes::Bytes;
 use pulsar::proto::MessageMetadata;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::frame;
 use super::record::{self, Stamp};
 use crate::lane::contract::LaneError;
+use crate::lane::slot::{Slot, Waiting};
 use crate::message::{Message, Place, Timestamp};
 use crate::policy::table::Compression;
 
@@ -32,11 +32,9 @@ const WAITING: usize = 8;
 /// A body up to this is copied behind its head, so that many small entries are one write.
 const JOINED_BYTES_MAX: usize = 4 << 10;
 
-pub type Stored = Result<Place, LaneError>;
-
-/// Who waits for a message's receipt, until when, and what the message takes of the line's room.
+/// Until when somebody waits for a message's receipt, and what the message takes of the line's room.
+#[derive(Debug, Clone, Copy)]
 pub struct Ticket {
-    pub done: oneshot::Sender<Stored>,
     pub deadline: Instant,
     pub bytes: u32,
 }
@@ -83,8 +81,9 @@ struct Batch {
     begin: usize,
     /// What the messages take, the single one included.
     bytes: usize,
-    /// Each with the end of its message in the body.
+    /// Of those that wait, each with the end of its message in the body.
     tickets: VecDeque<(Ticket, u32)>,
+    slot: Slot,
 }
 
 impl Queue {
@@ -118,7 +117,7 @@ impl Queue {
         (growth * BATCH_MESSAGES_MAX, (growth * BATCH_BYTES_MAX).min(self.entry_bytes_max))
     }
 
-    pub fn push(&mut self, message: Message, ticket: Ticket, under_way: usize) {
+    pub fn push(&mut self, message: Message, ticket: Ticket, under_way: usize) -> Waiting {
         let limits = self.limits(under_way);
         // The broker delays whole entries.
         let alone = message.deliver_at.is_some();
@@ -141,6 +140,8 @@ impl Queue {
             (None, false) => self.keyless = Some(number),
         }
         let bytes = ticket.bytes as usize;
+        let mut slot = Slot::default();
+        let waiting = slot.add();
         self.batches.push_back(Batch {
             key: message.key.clone(),
             single: Some(message),
@@ -148,7 +149,9 @@ impl Queue {
             begin: 0,
             bytes,
             tickets: [(ticket, 0)].into(),
+            slot,
         });
+        waiting
     }
 
     /// The next entry. The numbers of its messages begin with `sequence`.
@@ -174,13 +177,15 @@ impl Queue {
     pub fn expire(&mut self, now: Instant, why: impl Fn() -> LaneError) -> Freed {
         let mut freed = Freed::default();
         for batch in &mut self.batches {
-            while batch.tickets.front().is_some_and(|(ticket, _)| ticket.deadline <= now) {
-                let Some((ticket, end)) = batch.tickets.pop_front() else { break };
+            let mut late = 0;
+            while let Some((ticket, end)) = batch.tickets.pop_front_if(|(ticket, _)| ticket.deadline <= now) {
                 freed.add(&ticket);
                 batch.bytes -= ticket.bytes as usize;
                 batch.begin = end as usize;
-                // Whoever waited may have gone.
-                let _ = ticket.done.send(Err(why()));
+                late += 1;
+            }
+            if late > 0 {
+                batch.slot.refuse(late, why());
             }
         }
         if freed.messages > 0 {
@@ -195,9 +200,9 @@ impl Queue {
         self.keyed.clear();
         self.keyless = None;
         self.first += self.batches.len() as u64;
-        for (ticket, _) in self.batches.drain(..).flat_map(|batch| batch.tickets) {
-            freed.add(&ticket);
-            let _ = ticket.done.send(Err(why.clone()));
+        for mut batch in self.batches.drain(..) {
+            batch.tickets.iter().for_each(|(ticket, _)| freed.add(ticket));
+            batch.slot.refuse_all(why.clone());
         }
         freed
     }
@@ -224,7 +229,7 @@ impl Batch {
         self.tickets.len() < messages_max && self.bytes + bytes <= bytes_max
     }
 
-    fn push(&mut self, message: Message, ticket: Ticket, stamp: &mut Stamp, typical: usize) {
+    fn push(&mut self, message: Message, ticket: Ticket, stamp: &mut Stamp, typical: usize) -> Waiting {
         if let Some(first) = self.single.take() {
             self.body.reserve(typical);
             record::put_member(&first, stamp, &mut self.body);
@@ -235,6 +240,7 @@ impl Batch {
         record::put_member(&message, stamp, &mut self.body);
         self.bytes += ticket.bytes as usize;
         self.tickets.push_back((ticket, self.body.len() as u32));
+        self.slot.add()
     }
 
     fn seal(self, seal: &Seal<'_>, sequence: u64, stamp: &mut Stamp) -> Sealed {
@@ -285,6 +291,7 @@ impl Batch {
             sequence,
             highest,
             tickets: self.tickets,
+            slot: self.slot,
             answered: 0,
             freed: Freed::default(),
             resent: false,
@@ -312,7 +319,8 @@ pub struct Sealed {
     pub highest: u64,
     pub published: Timestamp,
     tickets: VecDeque<(Ticket, u32)>,
-    /// How many were answered already, because their time was over.
+    slot: Slot,
+    /// How many of its messages were answered already, because their time was over.
     answered: u32,
     freed: Freed,
     /// It may have been stored by an earlier attachment.
@@ -334,41 +342,47 @@ impl Sealed {
 
     /// Answers whoever has waited too long.
     pub fn expire(&mut self, now: Instant, why: impl Fn() -> LaneError) {
-        while self.tickets.front().is_some_and(|(ticket, _)| ticket.deadline <= now) {
-            self.answer_next(|_| Err(why()));
+        let mut late = 0;
+        while let Some((ticket, _)) = self.tickets.pop_front_if(|(ticket, _)| ticket.deadline <= now) {
+            self.freed.add(&ticket);
+            late += 1;
+        }
+        if late > 0 {
+            self.answered += late;
+            self.slot.refuse(late, why());
         }
     }
 
     /// What it took of the line's room is free once it is gone.
     pub fn fail(mut self, why: &LaneError) -> Freed {
-        while self.answer_next(|_| Err(why.clone())) {}
-        self.freed
+        self.slot.refuse_all(why.clone());
+        self.freed()
     }
 
     /// The broker stored it there.
-    pub fn confirm(mut self, place: Place) -> Freed {
-        while self.answer_next(|index| Ok(Place { index, ..place })) {}
-        self.freed
+    pub fn confirm(self, place: Place) -> Freed {
+        let freed = self.freed();
+        self.slot.confirm(Place { index: self.answered, ..place });
+        freed
     }
 
-    fn answer_next(&mut self, stored: impl FnOnce(u32) -> Stored) -> bool {
-        let Some((ticket, _)) = self.tickets.pop_front() else { return false };
-        self.freed.add(&ticket);
-        // Whoever waited may have gone.
-        let _ = ticket.done.send(stored(self.answered));
-        self.answered += 1;
-        true
+    fn freed(&self) -> Freed {
+        let mut freed = self.freed;
+        self.tickets.iter().for_each(|(ticket, _)| freed.add(ticket));
+        freed
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
     use crate::message::Draft;
 
     struct Bed {
         queue: Queue,
-        receipts: Vec<oneshot::Receiver<Stored>>,
+        receipts: Vec<Waiting>,
         sequence: u64,
     }
 
@@ -380,10 +394,8 @@ mod tests {
         fn push(&mut self, key: &str, payload: &str, deadline: Instant) {
             let key = (!key.is_empty()).then(|| key.to_owned());
             let message = Draft { key, payload: payload.to_owned().into(), ..Default::default() }.accept();
-            let (done, receipt) = oneshot::channel();
             let bytes = record::size(&message) as u32;
-            self.queue.push(message, Ticket { done, deadline, bytes }, 0);
-            self.receipts.push(receipt);
+            self.receipts.push(self.queue.push(message, Ticket { deadline, bytes }, 0));
         }
 
         /// The next entry, and what is in it.
@@ -413,7 +425,8 @@ mod tests {
             let Some(frame::Frame::Message(_, entry)) = frame::decode(&mut bytes).unwrap() else { panic!() };
             let metadata = entry.as_ref().unwrap().metadata.clone();
             let topic = crate::topic::Topic::parse("t").unwrap();
-            let records = record::unpack(&topic, 0, &Default::default(), entry, |_| true);
+            let mut records = Vec::new();
+            record::unpack(&topic, 0, &Default::default(), entry, |_| true, &mut records);
             let mut said = metadata.partition_key.unwrap_or_default();
             said += if metadata.num_messages_in_batch.is_some() { "*" } else { ":" };
             for record in records {
@@ -472,17 +485,51 @@ mod tests {
         bed.push("", "7", later());
         let (sealed, said) = bed.take().unwrap();
         assert_eq!(said, "*457");
-        assert_eq!(bed.entries(), ["a:6"]);
+        let (under_way, said) = bed.take().unwrap();
+        assert_eq!(said, "a:6");
+        assert_eq!(bed.entries(), [""; 0]);
         let place = Place { ledger: 1, entry: 2, index: 0 };
         assert_eq!(sealed.confirm(place).messages, 3);
-        let mut answers = bed.receipts.iter_mut().map(|receipt| receipt.try_recv().ok());
+        let mut answers = bed.receipts.iter_mut().map(|receipt| receipt.now_or_never());
         for _ in 0..3 {
             assert!(matches!(answers.next().unwrap(), Some(Err(LaneError::Unavailable(_)))));
         }
-        let index = |stored: Option<Option<Stored>>| stored.unwrap().unwrap().unwrap().index;
+        let index =
+            |stored: Option<Option<Result<Place, LaneError>>>| stored.unwrap().unwrap().unwrap().index;
         assert_eq!((index(answers.next()), index(answers.next())), (0, 1));
         assert!(answers.next().unwrap().is_none(), "`6` has no receipt yet");
         assert_eq!(index(answers.next()), 2);
+        drop(under_way);
+        let dropped = (&mut bed.receipts[5]).now_or_never().unwrap();
+        assert!(matches!(dropped, Err(LaneError::OutcomeUnknown(_))), "nobody waits for what is gone");
+    }
+
+    #[tokio::test]
+    async fn what_fails_takes_no_room_and_everybody_is_told() {
+        let mut bed = Bed::new();
+        let now = Instant::now();
+        for (key, payload, deadline) in [("", "1", now), ("", "2", later()), ("", "3", later())] {
+            bed.push(key, payload, deadline);
+        }
+        let (mut sealed, _) = bed.take().unwrap();
+        sealed.expire(now, || LaneError::OutcomeUnknown("late".into()));
+        bed.push("a", "4", later());
+        bed.push("b", "5", later());
+        assert_eq!(bed.queue.fail(&LaneError::Unavailable("failed".into())).messages, 2);
+        assert!(bed.queue.is_empty());
+        assert_eq!(sealed.fail(&LaneError::Internal("failed".into())).messages, 3);
+        let answers: Vec<_> =
+            bed.receipts.iter_mut().map(|receipt| receipt.now_or_never().unwrap().unwrap_err()).collect();
+        assert!(matches!(
+            answers[..],
+            [
+                LaneError::OutcomeUnknown(_),
+                LaneError::Internal(_),
+                LaneError::Internal(_),
+                LaneError::Unavailable(_),
+                LaneError::Unavailable(_)
+            ]
+        ));
     }
 
     #[tokio::test]
@@ -495,7 +542,8 @@ mod tests {
         sealed.expire(now, || LaneError::OutcomeUnknown("late".into()));
         assert!(!sealed.is_answered());
         assert_eq!(sealed.confirm(Place { ledger: 1, entry: 2, index: 0 }).messages, 2);
-        assert!(matches!(bed.receipts[0].try_recv().unwrap(), Err(LaneError::OutcomeUnknown(_))));
-        assert_eq!(bed.receipts[1].try_recv().unwrap().unwrap().index, 1);
+        let mut answers = bed.receipts.iter_mut().map(|receipt| receipt.now_or_never().unwrap());
+        assert!(matches!(answers.next().unwrap(), Err(LaneError::OutcomeUnknown(_))));
+        assert_eq!(answers.next().unwrap().unwrap().index, 1);
     }
 }

@@ -245,7 +245,8 @@ impl Feed {
             floor.is_none_or(|floor| place > floor || (inclusive && place == floor))
                 && self.until.is_none_or(|until| place <= until)
         };
-        let mut records = record::unpack(&self.topic, self.partition, &id, entry, wanted);
+        let mut records = Vec::new();
+        record::unpack(&self.topic, self.partition, &id, entry, wanted, &mut records);
         // Of an entry that cannot be read nothing says what it held.
         records.retain(|record| wanted(record.place.index));
         if let (From::Time(from), None) = (self.from, self.last) {

@@ -62,7 +62,7 @@ pub async fn find(
             consumer.permit(std::mem::take(&mut used)).await?;
         }
         if let Ok(entry) = &delivery.entry
-            && entry.metadata.producer_name == producer
+            && entry.metadata.producer_name == *producer
             && seen(entry.metadata.sequence_id, feed::place(&delivery.id))
         {
             return Ok(());

@@ -11,7 +11,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message as _;
 use prost::encoding::{encode_varint, encoded_len_varint};
 use pulsar::proto::base_command::Type;
-use pulsar::proto::{BaseCommand, CommandMessage, CommandSendReceipt, MessageMetadata};
+use pulsar::proto::{BaseCommand, CommandMessage, CommandSendReceipt, CompressionType, MessageMetadata};
 
 use super::newer::{self, NewerCommand};
 
@@ -43,9 +43,47 @@ struct Hot {
 /// What one publish of one producer stored: a message, or a batch of them.
 #[derive(Debug, Clone)]
 pub struct Entry {
-    /// It is large, and the entry changes hands.
-    pub metadata: Box<MessageMetadata>,
+    pub metadata: Metadata,
     pub data: Bytes,
+}
+
+/// A `MessageMetadata` as far as it is of use to who reads: the crate's own is twice as large, and copies every text.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Metadata {
+    #[prost(bytes = "bytes", required, tag = "1")]
+    pub producer_name: Bytes,
+    #[prost(uint64, required, tag = "2")]
+    pub sequence_id: u64,
+    #[prost(uint64, required, tag = "3")]
+    pub publish_time: u64,
+    #[prost(message, repeated, tag = "4")]
+    pub properties: Vec<Property>,
+    #[prost(string, optional, tag = "6")]
+    pub partition_key: Option<String>,
+    #[prost(enumeration = "CompressionType", optional, tag = "8")]
+    pub compression: Option<i32>,
+    #[prost(uint32, optional, tag = "9")]
+    pub uncompressed_size: Option<u32>,
+    #[prost(int32, optional, tag = "11")]
+    pub num_messages_in_batch: Option<i32>,
+    #[prost(uint64, optional, tag = "12")]
+    pub event_time: Option<u64>,
+    #[prost(bytes = "bytes", repeated, tag = "13")]
+    pub encryption_keys: Vec<Bytes>,
+    #[prost(bool, optional, tag = "17")]
+    pub partition_key_b64_encoded: Option<bool>,
+    #[prost(int64, optional, tag = "19")]
+    pub deliver_at_time: Option<i64>,
+    #[prost(int32, optional, tag = "27")]
+    pub num_chunks_from_msg: Option<i32>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Property {
+    #[prost(bytes = "bytes", required, tag = "1")]
+    pub name: Bytes,
+    #[prost(bytes = "bytes", required, tag = "2")]
+    pub value: Bytes,
 }
 
 /// The entry is not what its producer sent.
@@ -161,8 +199,7 @@ fn entry(mut bytes: Bytes) -> Option<Entry> {
     if size > bytes.len() {
         return None;
     }
-    let mut metadata = Box::<MessageMetadata>::default();
-    metadata.merge(bytes.split_to(size)).ok()?;
+    let metadata = Metadata::decode(bytes.split_to(size)).ok()?;
     Some(Entry { metadata, data: bytes })
 }
 

@@ -143,7 +143,8 @@ impl Desk {
         if let Some(error) = &papers.failed {
             return Err(error.clone());
         }
-        let mut taken = Vec::new();
+        let room = self.prefetch.saturating_sub(papers.held.len());
+        let mut taken = Vec::with_capacity(room.min(papers.ready.len()));
         while papers.held.len() < self.prefetch {
             let Some(ready) = papers.ready.pop_front() else { break };
             if let Ok(handed) = &ready {

@@ -6,6 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use pulsar::proto::MessageIdData;
+use smallvec::SmallVec;
+
 use crate::message::Envelope;
 
 /// An entry's ledger and number.
@@ -14,7 +17,7 @@ pub type Key = (u64, u64);
 /// One entry and its messages.
 #[derive(Default)]
 pub struct Held {
-    pub slots: Vec<Slot>,
+    pub slots: SmallVec<[Slot; 1]>,
     /// Acknowledgements under way.
     pub acking: usize,
     /// In the list of the past.
@@ -104,6 +107,21 @@ impl Held {
         if left == 0 { 0 } else { (self.slots.len() - left) as u64 }
     }
 
+    /// What is acknowledged of it.
+    pub fn acked(&self, (ledger_id, entry_id): Key) -> MessageIdData {
+        let whole = MessageIdData { ledger_id, entry_id, ..Default::default() };
+        if !self.slots.iter().any(Slot::is_left) {
+            return whole;
+        }
+        let ack_set = unacked_set(self.slots.iter().map(Slot::is_left));
+        MessageIdData { batch_size: Some(self.slots.len() as i32), ack_set, ..whole }
+    }
+
+    /// Puts it in the past once nothing happens to it any more. `false`: it is there already, or not yet.
+    pub fn passes(&mut self) -> bool {
+        self.is_idle() && !std::mem::replace(&mut self.past, true)
+    }
+
     /// Whether the broker delivers what it once confirmed as acknowledged; the set says which of it it delivers.
     pub fn came_back(&self, unacked: &[i64]) -> bool {
         let came = self.slots.iter().enumerate().filter(|(index, _)| is_unacked(unacked, *index));
@@ -137,7 +155,7 @@ pub fn is_unacked(set: &[i64], index: usize) -> bool {
 }
 
 /// The same set, of ours: a bit for each message, the low ones first.
-pub fn unacked_set(left: impl Iterator<Item = bool>) -> Vec<i64> {
+fn unacked_set(left: impl Iterator<Item = bool>) -> Vec<i64> {
     let mut set = Vec::new();
     for (index, left) in left.enumerate() {
         if index % 64 == 0 {

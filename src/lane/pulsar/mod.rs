@@ -20,7 +20,8 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::contract::{
-    BrokerReport, DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher, Reader, Receipt,
+    Appending, BrokerReport, DurableLane, GroupReport, Joining, LaneError, LaneState, Member, Publisher,
+    Reader,
 };
 use super::settings::DurableSettings;
 use super::tail::Tail;
@@ -176,14 +177,14 @@ impl PulsarLane {
 
 #[async_trait]
 impl DurableLane for PulsarLane {
-    async fn append(
-        &self,
-        route: &Arc<Route>,
-        topic: &Topic,
+    fn append<'a>(
+        &'a self,
+        route: &'a Arc<Route>,
+        topic: &'a Topic,
         message: Message,
         publisher: Publisher,
-    ) -> Result<Receipt, LaneError> {
-        Ok(Box::pin(self.producers.append(route, topic, message, publisher).await?))
+    ) -> Appending<'a> {
+        self.producers.append(route, topic, message, publisher)
     }
 
     async fn tail(&self, route: &Arc<Route>, topic: &Topic) -> Result<Arc<Tail>, LaneError> {

@@ -35,6 +35,7 @@ use super::names::Physical;
 use super::room::Room;
 use super::session::{Outlet, Pieces, Session};
 use crate::lane::contract::LaneError;
+use crate::lane::slot::Waiting;
 use crate::message::{Message, Place, Timestamp};
 use crate::policy::table::{Compression, PulsarSchema, Route};
 use crate::telemetry::metrics::Metrics;
@@ -159,14 +160,16 @@ impl Producer {
     }
 
     /// Puts a message in the line. One that is closed hands it back.
-    pub fn push(self: &Arc<Self>, message: Message, ticket: Ticket) -> Option<(Message, Ticket)> {
+    // Handed back as it came: a box for it would be an allocation.
+    #[allow(clippy::result_large_err)]
+    pub fn push(self: &Arc<Self>, message: Message, ticket: Ticket) -> Result<Waiting, Message> {
         let mut state = self.state();
         if state.closed {
-            return Some((message, ticket));
+            return Err(message);
         }
-        state.queue.push(message, ticket, self.room.taken());
+        let waiting = state.queue.push(message, ticket, self.room.taken());
         self.go_on(&mut state);
-        None
+        Ok(waiting)
     }
 
     /// Sees to it that what there is to do is done.

@@ -14,7 +14,7 @@ use prost::Message as _;
 use prost::encoding::{encode_varint, encoded_len_varint};
 use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata};
 
-use super::frame::{Broken, Entry};
+use super::frame::{Broken, Entry, Metadata, Property};
 use crate::lane::contract::LaneError;
 use crate::message::{Headers, LIVE, Message, MessageId, ORIGIN, Place, RESERVED, Timestamp};
 use crate::policy::table::Compression;
@@ -183,31 +183,35 @@ pub fn count(entry: &Result<Entry, Broken>) -> u32 {
     }
 }
 
-/// The messages of an entry that `wanted` picks by their index.
+/// The messages of an entry that `wanted` picks by their index, or one record that says why there are none.
 pub fn unpack(
     topic: &Topic,
     partition: u32,
     id: &MessageIdData,
     entry: Result<Entry, Broken>,
     wanted: impl Fn(u32) -> bool,
-) -> Vec<Record> {
+    into: &mut Vec<Record>,
+) {
     let place = |index| Place { ledger: id.ledger_id, entry: id.entry_id, index };
-    let (published, messages) = match entry {
-        Ok(Entry { metadata, data }) => {
-            let published = Timestamp::from_millis(i64::try_from(metadata.publish_time).unwrap_or(i64::MAX));
-            (published, messages(&metadata, data))
-        }
-        Err(Broken) => (Timestamp::now(), Err(Unreadable::Checksum)),
-    };
+    let before = into.len();
+    let published = entry.as_ref().map_or_else(
+        |Broken| Timestamp::now(),
+        |entry| Timestamp::from_millis(i64::try_from(entry.metadata.publish_time).unwrap_or(i64::MAX)),
+    );
     // Hashing costs as much as the rest of a message, so an entry is hashed once.
-    let first = LazyCell::new(|| MessageId::derived(topic.as_str(), &format!("{partition}:{}", place(0))));
-    let named = |(index, single): (u32, Single)| {
-        let message = single.message(published, || first.nth(index));
-        Record { place: place(index), published, message: Ok(message) }
-    };
-    match messages {
-        Ok(messages) => messages.into_iter().filter(|(index, _)| wanted(*index)).map(named).collect(),
-        Err(unreadable) => vec![Record { place: place(0), published, message: Err(unreadable) }],
+    let first =
+        LazyCell::new(|| MessageId::derived(topic.as_str(), format_args!("{partition}:{}", place(0))));
+    let read = entry.map_err(|Broken| Unreadable::Checksum).and_then(|Entry { metadata, data }| {
+        singles(metadata, data, |index, single| {
+            if wanted(index) {
+                let message = Ok(single.message(published, || first.nth(index)));
+                into.push(Record { place: place(index), published, message });
+            }
+        })
+    });
+    if let Err(unreadable) = read {
+        into.truncate(before);
+        into.push(Record { place: place(0), published, message: Err(unreadable) });
     }
 }
 
@@ -242,60 +246,48 @@ struct Member {
     key_is_base64: Option<bool>,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct Property {
-    #[prost(bytes = "bytes", required, tag = "1")]
-    name: Bytes,
-    #[prost(bytes = "bytes", required, tag = "2")]
-    value: Bytes,
-}
-
-fn messages(metadata: &MessageMetadata, data: Bytes) -> Result<Vec<(u32, Single)>, Unreadable> {
+/// Tells of each message of an entry, with its index.
+fn singles(metadata: Metadata, data: Bytes, mut tell: impl FnMut(u32, Single)) -> Result<(), Unreadable> {
     if !metadata.encryption_keys.is_empty() {
         return Err(Unreadable::Encrypted);
     }
     if metadata.num_chunks_from_msg.is_some_and(|chunks| chunks > 1) {
         return Err(Unreadable::Chunk);
     }
-    let mut data = unfold(metadata, data).ok_or(Unreadable::Packing)?;
+    let mut data = unfold(&metadata, data).ok_or(Unreadable::Packing)?;
     // A batch is delayed as a whole.
     let deliver_at = metadata.deliver_at_time;
     let mut stamp = Stamp::default();
     let Some(count) = metadata.num_messages_in_batch else {
         let mut single = Single {
-            key: metadata.partition_key.clone(),
             key_is_base64: metadata.partition_key_b64_encoded(),
             event_time: metadata.event_time,
             deliver_at,
             payload: data,
             ..Single::default()
         };
-        metadata.properties.iter().for_each(|pair| single.property(&pair.key, &pair.value, &mut stamp));
-        return Ok(vec![(0, single)]);
+        single.properties(&metadata.properties, &mut stamp)?;
+        single.key = metadata.partition_key;
+        tell(0, single);
+        return Ok(());
     };
-    let count = count.max(0) as u32;
-    // No more than could be there, whatever the batch says: each has a size.
-    let mut messages = Vec::with_capacity((count as usize).min(data.len() / 4));
-    for index in 0..count {
+    for index in 0..count.max(0) as u32 {
         let (member, payload) = member(&mut data).ok_or(Unreadable::Packing)?;
         if member.compacted_out() {
             continue;
         }
         let mut single = Single {
             key_is_base64: member.key_is_base64(),
-            key: member.key,
             event_time: member.event_time,
             deliver_at,
             payload,
             ..Single::default()
         };
-        for Property { name, value } in &member.properties {
-            let text = |bytes| std::str::from_utf8(bytes).map_err(|_| Unreadable::Packing);
-            single.property(text(name)?, text(value)?, &mut stamp);
-        }
-        messages.push((index, single));
+        single.properties(&member.properties, &mut stamp)?;
+        single.key = member.key;
+        tell(index, single);
     }
-    Ok(messages)
+    Ok(())
 }
 
 /// The next message of a batch: a size, its metadata, its payload.
@@ -319,7 +311,7 @@ pub fn fold(body: &[u8], by: Compression) -> Option<(Vec<u8>, CompressionType)> 
     (folded.len() < body.len()).then_some((folded, kind))
 }
 
-fn unfold(metadata: &MessageMetadata, data: Bytes) -> Option<Bytes> {
+fn unfold(metadata: &Metadata, data: Bytes) -> Option<Bytes> {
     let size = metadata.uncompressed_size();
     if size > UNFOLDED_BYTES_MAX {
         return None;
@@ -354,12 +346,16 @@ fn snappy(data: &[u8], size: u32) -> Option<Vec<u8>> {
 }
 
 impl Single {
-    fn property(&mut self, name: &str, value: &str, stamp: &mut Stamp) {
-        match name {
-            ID => self.id = value.parse().ok(),
-            TS => self.ts = stamp.time(value),
-            _ => drop(self.headers.insert(name.to_owned(), value.to_owned())),
+    fn properties(&mut self, properties: &[Property], stamp: &mut Stamp) -> Result<(), Unreadable> {
+        let text = |bytes| std::str::from_utf8(bytes).map_err(|_| Unreadable::Packing);
+        for Property { name, value } in properties {
+            match (text(name)?, text(value)?) {
+                (ID, value) => self.id = value.parse().ok(),
+                (TS, value) => self.ts = stamp.time(value),
+                (name, value) => drop(self.headers.insert(name.to_owned(), value.to_owned())),
+            }
         }
+        Ok(())
     }
 
     fn message(self, published: Timestamp, derived: impl FnOnce() -> MessageId) -> Message {
@@ -396,7 +392,8 @@ mod tests {
     }
 
     fn entry(metadata: MessageMetadata, data: impl Into<Bytes>) -> Result<Entry, Broken> {
-        Ok(Entry { metadata: metadata.into(), data: data.into() })
+        let metadata = Metadata::decode(&*metadata.encode_to_vec()).unwrap();
+        Ok(Entry { metadata, data: data.into() })
     }
 
     fn id() -> MessageIdData {
@@ -404,7 +401,9 @@ mod tests {
     }
 
     fn all(entry: Result<Entry, Broken>) -> Vec<Record> {
-        unpack(&topic(), 2, &id(), entry, |_| true)
+        let mut records = Vec::new();
+        unpack(&topic(), 2, &id(), entry, |_| true, &mut records);
+        records
     }
 
     #[test]
@@ -479,7 +478,8 @@ mod tests {
     #[test]
     fn each_message_of_a_batch_has_its_index_and_only_the_wanted_ones_come() {
         let (metadata, data) = batch(&["a", "", "ccc"]);
-        let records = unpack(&topic(), 0, &id(), entry(metadata, data), |index| index != 1);
+        let mut records = Vec::new();
+        unpack(&topic(), 0, &id(), entry(metadata, data), |index| index != 1, &mut records);
         let read: Vec<_> = records
             .iter()
             .map(|record| (record.place.index, &*record.message.as_ref().unwrap().payload))

@@ -561,9 +561,18 @@ async fn write(
         let mut pieces = Pieces::default();
         loop {
             tokio::select! {
-                taken = commands.recv_many(&mut batch, OUTGOING) => if taken == 0 {
-                    return Ok::<_, std::io::Error>(());
-                },
+                taken = commands.recv_many(&mut batch, OUTGOING) => {
+                    if taken == 0 {
+                        return Ok::<_, std::io::Error>(());
+                    }
+                    // Others are about to say something, too, and one write then carries all of it. Messages do not wait.
+                    if shared.ready().is_empty() {
+                        tokio::task::yield_now().await;
+                    }
+                    if !commands.is_empty() {
+                        commands.recv_many(&mut batch, OUTGOING).await;
+                    }
+                }
                 () = shared.wake.notified() => {}
             }
             for command in batch.drain(..) {

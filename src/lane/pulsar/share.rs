@@ -13,6 +13,7 @@
 //! (`ack_set`), and what the broker delivers again is held against what was acknowledged here: it may have been sent
 //! before the acknowledgement arrived.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,7 +34,7 @@ use super::consumer::Consumer;
 use super::fault::Fault;
 use super::feed::{Backoff, Patience};
 use super::group::Desk;
-use super::held::{Held, Key, Lost, Slot, State, is_unacked, unacked_set};
+use super::held::{Held, Key, Lost, Slot, State, is_unacked};
 use super::names::Physical;
 use super::passed_over::Lookout;
 use super::record::{self, Record};
@@ -151,6 +152,8 @@ pub struct Share {
     waits: bool,
     /// Permits to give back.
     freed: u32,
+    /// Permits that the broker has not used. A batch may take more than there are.
+    open: i64,
     /// By places that the broker numbers.
     entries: HashMap<Key, Held, RandomState>,
     /// How many messages are acknowledged of each entry of which others are left.
@@ -162,6 +165,8 @@ pub struct Share {
     /// Acknowledgements that the broker has not confirmed, by number.
     unconfirmed: BTreeMap<u64, Acking>,
     acked: u64,
+    /// Room for the messages of an entry, kept from one to the next.
+    records: Vec<Record>,
     /// The answers to them on this subscription.
     answers: FuturesUnordered<BoxFuture<'static, (u64, Result<(), Fault>)>>,
 }
@@ -198,6 +203,7 @@ impl Share {
             meeting: None,
             waits: false,
             freed: 0,
+            open: 0,
             entries: HashMap::default(),
             within: BTreeMap::new(),
             past: VecDeque::new(),
@@ -205,6 +211,7 @@ impl Share {
             nacked: 0,
             unconfirmed: BTreeMap::new(),
             acked: 0,
+            records: Vec::new(),
             answers: FuturesUnordered::new(),
         };
         let mut patience = Patience::default();
@@ -314,9 +321,11 @@ impl Share {
         self.epoch += 1;
         self.lives = false;
         self.waits = self.subscribe.sub_type == SubType::Failover as i32;
-        self.freed = self.quota - self.keep();
+        (self.freed, self.open) = (self.quota - self.keep(), 0);
         for (number, acking) in &self.unconfirmed {
-            self.answers.push(answer(&consumer, *number, self.ids(&acking.keys)));
+            let held = acking.keys.iter().filter_map(|key| Some((*key, self.entries.get(key)?)));
+            let ids = held.map(|(key, held)| held.acked(key)).collect();
+            self.answers.push(answer(&consumer, *number, ids));
         }
         self.desk.opened(self.partition, consumer.closing());
         self.consumer = Some(consumer);
@@ -385,26 +394,29 @@ impl Share {
         kept.map(|slot| slot.permit = self.epoch).count() as u32
     }
 
+    /// Not while the broker has more than half of them: many at a time have it send many at a time.
     async fn give_back_permits(&mut self) -> Result<(), Fault> {
-        if self.waits {
+        if self.waits || self.freed == 0 || self.open > i64::from(self.quota / 2) {
             return Ok(());
         }
-        match (&self.consumer, std::mem::take(&mut self.freed)) {
-            (Some(consumer), freed @ 1..) => consumer.permit(freed).await,
-            _ => Ok(()),
-        }
+        let Some(consumer) = &self.consumer else { return Ok(()) };
+        let freed = std::mem::take(&mut self.freed);
+        self.open += i64::from(freed);
+        consumer.permit(freed).await
     }
 
     /// Puts on the desk what came.
     fn deliver(&mut self, deliveries: Vec<Delivery>) {
         let mut ready = Vec::with_capacity(deliveries.len());
+        // Whoever lost one of them did so before it came here.
+        let none_lost = self.lost.is_empty();
         for delivery in deliveries {
-            self.unpack(delivery, &mut ready);
+            self.unpack(delivery, none_lost, &mut ready);
         }
         self.desk.put(ready);
     }
 
-    fn unpack(&mut self, delivery: Delivery, ready: &mut Vec<Result<Handed, LaneError>>) {
+    fn unpack(&mut self, delivery: Delivery, none_lost: bool, ready: &mut Vec<Result<Handed, LaneError>>) {
         let Delivery { id, redelivered, unacked, entry } = delivery;
         let key = (id.ledger_id, id.entry_id);
         let count = record::count(&entry) as usize;
@@ -429,14 +441,13 @@ impl Share {
         }
         let slots = &held.slots;
         let wanted = |index: u32| slots.get(index as usize).is_some_and(|slot| slot.state != State::Acked);
-        let records = record::unpack(&self.topic, self.partition, &id, entry, wanted);
+        let mut records = std::mem::take(&mut self.records);
+        record::unpack(&self.topic, self.partition, &id, entry, wanted, &mut records);
 
         let (partition, era, epoch) = (self.partition, self.era, self.epoch);
-        // Whoever lost one of them did so before it came here.
-        let none_lost = self.lost.is_empty();
         let (mut kept, mut copies, mut next) = (0, 0, 0);
         held.unreadable = false;
-        for Record { place, published, message } in records {
+        for Record { place, published, message } in records.drain(..) {
             let message = match message {
                 Ok(message) => message,
                 Err(why) => {
@@ -470,10 +481,12 @@ impl Share {
             let tag = Tag { partition, era, place };
             ready.push(Ok(Handed { envelope, attempt: slot.attempt, tag }));
         }
+        self.records = records;
         let unreadable = held.unreadable;
         if !unreadable {
             held.slots[next..].iter_mut().for_each(|slot| slot.state = State::Acked);
         }
+        self.open -= i64::from(sent);
         // What is not handed out needs no permit.
         self.freed += sent.saturating_sub(kept) + copies;
         if unreadable {
@@ -482,20 +495,10 @@ impl Share {
         } else if kept == 0 {
             self.acknowledge(vec![key], Vec::new());
         }
-        if count > 1 {
-            self.count_within(&[key]);
+        if let Some(held) = self.entries.get(&key).filter(|_| count > 1) {
+            count_within(&mut self.within, key, held);
+            self.desk.count_within(self.partition, self.within.values().sum());
         }
-    }
-
-    /// The broker counts whole entries; how much of them is done already is known here.
-    fn count_within(&mut self, keys: &[Key]) {
-        for key in keys {
-            match self.entries.get(key).map_or(0, Held::acked_within) {
-                0 => drop(self.within.remove(key)),
-                acked => drop(self.within.insert(*key, acked)),
-            }
-        }
-        self.desk.count_within(self.partition, self.within.values().sum());
     }
 
     async fn settle(&mut self, settling: Vec<Settle>) -> Result<(), Fault> {
@@ -523,7 +526,6 @@ impl Share {
         }
         keys.sort_unstable();
         keys.dedup();
-        self.count_within(&keys);
         self.acknowledge(keys, waiting);
         if sought { Err(Fault::Lost("the group was sought".into())) } else { Ok(()) }
     }
@@ -546,62 +548,61 @@ impl Share {
     }
 
     fn acknowledge(&mut self, mut keys: Vec<Key>, done: Vec<oneshot::Sender<()>>) {
+        let mut ids = Vec::with_capacity(keys.len());
+        let mut of_batches = false;
         keys.retain(|key| {
-            let held = self.entries.get_mut(key);
-            held.map(|held| held.acking += 1).is_some()
+            let Some(held) = self.entries.get_mut(key) else { return false };
+            held.acking += 1;
+            ids.push(held.acked(*key));
+            if held.slots.len() > 1 {
+                of_batches = true;
+                count_within(&mut self.within, *key, held);
+            }
+            true
         });
+        if of_batches {
+            self.desk.count_within(self.partition, self.within.values().sum());
+        }
         let acking = Acking { keys, done };
         if acking.keys.is_empty() {
             return acking.confirm();
         }
         self.acked += 1;
         if let Some(consumer) = &self.consumer {
-            self.answers.push(answer(consumer, self.acked, self.ids(&acking.keys)));
+            self.answers.push(answer(consumer, self.acked, ids));
         }
         self.unconfirmed.insert(self.acked, acking);
-    }
-
-    /// What is acknowledged of entries.
-    fn ids(&self, keys: &[Key]) -> Vec<MessageIdData> {
-        let held = keys.iter().filter_map(|key| Some((*key, self.entries.get(key)?)));
-        let ids = held.map(|((ledger_id, entry_id), held)| {
-            let left = unacked_set(held.slots.iter().map(Slot::is_left));
-            let whole = left.iter().all(|word| *word == 0);
-            MessageIdData {
-                ledger_id,
-                entry_id,
-                batch_size: (!whole).then_some(held.slots.len() as i32),
-                ack_set: if whole { Vec::new() } else { left },
-                ..Default::default()
-            }
-        });
-        ids.collect()
     }
 
     fn confirmed(&mut self, number: u64) {
         let Some(acking) = self.unconfirmed.remove(&number) else { return };
         for key in &acking.keys {
-            if let Some(held) = self.entries.get_mut(key) {
-                held.acking -= 1;
+            let Some(held) = self.entries.get_mut(key) else { continue };
+            held.acking -= 1;
+            if held.passes() {
+                self.past.push_back(*key);
             }
-            self.retire(*key);
         }
+        self.forget_oldest();
         acking.confirm();
     }
 
-    /// Moves an entry that nothing happens to any more to the past, whose oldest is forgotten.
+    /// Moves an entry that nothing happens to any more to the past.
     fn retire(&mut self, key: Key) {
-        let Some(held) = self.entries.get_mut(&key).filter(|held| held.is_idle() && !held.past) else {
-            return;
-        };
-        held.past = true;
-        self.past.push_back(key);
+        if self.entries.get_mut(&key).is_some_and(Held::passes) {
+            self.past.push_back(key);
+            self.forget_oldest();
+        }
+    }
+
+    fn forget_oldest(&mut self) {
         while self.past.len() > PAST {
             let Some(oldest) = self.past.pop_front() else { break };
-            match self.entries.get_mut(&oldest) {
-                Some(held) if held.is_idle() => drop(self.entries.remove(&oldest)),
-                Some(held) => held.past = false,
-                None => {}
+            if let Entry::Occupied(mut entry) = self.entries.entry(oldest) {
+                match entry.get().is_idle() {
+                    true => drop(entry.remove()),
+                    false => entry.get_mut().past = false,
+                }
             }
         }
     }
@@ -689,6 +690,14 @@ impl Share {
 impl Drop for Share {
     fn drop(&mut self) {
         self.lose();
+    }
+}
+
+/// The broker counts whole entries; how much of them is done already is known here.
+fn count_within(within: &mut BTreeMap<Key, u64>, key: Key, held: &Held) {
+    match held.acked_within() {
+        0 => drop(within.remove(&key)),
+        acked => drop(within.insert(key, acked)),
     }
 }
 

@@ -681,6 +681,23 @@ pub async fn nobody_ever_holds_more_than_the_prefetch_in_any_mode(ground: Ground
     }
 }
 
+/// However little of its prefetch is free, that much is filled at once: nobody waits until more comes free.
+pub async fn a_member_that_keeps_most_of_what_it_has_gets_one_for_each_that_it_settles(ground: Ground) {
+    const PREFETCH: usize = 10;
+    let topic = ground.topic();
+    let member = ground.join_as(&topic, GroupMode::Shared, PREFETCH as u32).await;
+    for number in 0..30 {
+        // One by one: what is stored together comes together.
+        ground.store(&topic, number..number + 1).await;
+    }
+    let mut held = take(&*member, PREFETCH).await;
+    for _ in PREFETCH..30 {
+        let last = held.split_off(PREFETCH - 1);
+        member.ack(tags(&last)).await.unwrap();
+        held.extend(take(&*member, 1).await);
+    }
+}
+
 /// Members join, leave, acknowledge and reject as they please; at the end everything was acknowledged, once.
 pub async fn whatever_members_do_every_message_is_acknowledged_once(ground: Ground) {
     const MESSAGES: usize = 150;
@@ -760,6 +777,7 @@ macro_rules! group_promises {
             a_deleted_group_is_gone_for_good
             a_report_says_how_a_group_stands
             nobody_ever_holds_more_than_the_prefetch_in_any_mode
+            a_member_that_keeps_most_of_what_it_has_gets_one_for_each_that_it_settles
             whatever_members_do_every_message_is_acknowledged_once
         }
     };

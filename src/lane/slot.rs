@@ -10,7 +10,9 @@
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
+
+use tokio::task::coop::poll_proceed;
 
 use super::contract::LaneError;
 use crate::message::Place;
@@ -89,9 +91,14 @@ impl Future for Waiting {
     type Output = Result<Place, LaneError>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        // As with tokio's own channels, whoever takes many answers gives others a turn.
+        let turn = ready!(poll_proceed(context));
         let mut state = self.shared.state();
         match state.answer(self.number) {
-            Some(answer) => Poll::Ready(answer),
+            Some(answer) => {
+                turn.made_progress();
+                Poll::Ready(answer)
+            }
             None => {
                 state.will_wake(self.number, context.waker());
                 Poll::Pending
@@ -238,6 +245,22 @@ mod tests {
         assert_eq!(count.woken(), 1);
         assert!(matches!(now(&mut a), Err(LaneError::Unavailable(_))));
         assert!(matches!(now(&mut b), Err(LaneError::Internal(_))));
+    }
+
+    #[tokio::test]
+    async fn whoever_takes_many_answers_gives_others_a_turn() {
+        let (slot, waiting) = slot_of::<1000>();
+        slot.confirm(PLACE);
+        let taking = async {
+            for waiting in waiting {
+                waiting.await.unwrap();
+            }
+        };
+        let others = std::sync::atomic::AtomicBool::default();
+        let taken = tokio::join!(biased; async { taking.await; others.load(Ordering::SeqCst) }, async {
+            others.store(true, Ordering::SeqCst);
+        });
+        assert!(taken.0, "they had none");
     }
 
     #[test]

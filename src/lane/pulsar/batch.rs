@@ -259,7 +259,7 @@ impl Batch {
             }
         };
         let (compression, uncompressed_size, body) = match record::fold(&body, seal.compression) {
-            Some((folded, kind)) => (Some(kind as i32), Some(body.len() as u32), folded.into()),
+            Some((folded, kind)) => (Some(kind as i32), Some(body.len() as u32), folded),
             None => (None, None, body),
         };
         let metadata = MessageMetadata {

@@ -380,6 +380,8 @@ mod tests {
     use super::*;
     use crate::message::Draft;
 
+    const FIRST: Place = Place { ledger: 1, entry: 1, index: 0 };
+
     struct Bed {
         queue: Queue,
         receipts: Vec<Waiting>,
@@ -423,10 +425,11 @@ mod tests {
             let total = bytes.len() as u32 - 4;
             bytes[..4].copy_from_slice(&total.to_be_bytes());
             let Some(frame::Frame::Message(_, entry)) = frame::decode(&mut bytes).unwrap() else { panic!() };
+            let entry = entry.open();
             let metadata = entry.as_ref().unwrap().metadata.clone();
             let topic = crate::topic::Topic::parse("t").unwrap();
             let mut records = Vec::new();
-            record::unpack(&topic, 0, &Default::default(), entry, |_| true, &mut records);
+            record::unpack(&topic, 0, FIRST, entry, |_| true, &mut records);
             let mut said = metadata.partition_key.unwrap_or_default();
             said += if metadata.num_messages_in_batch.is_some() { "*" } else { ":" };
             for record in records {

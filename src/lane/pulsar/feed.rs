@@ -208,14 +208,14 @@ impl Feed {
                 }
             };
             self.backoff.reset();
-            let mut deliveries = vec![first];
-            let mut count = record::count(&deliveries[0].entry) as usize;
-            while count < RECORDS {
-                let Some(delivery) = consumer.try_next() else { break };
-                count += record::count(&delivery.entry) as usize;
-                deliveries.push(delivery);
+            let (mut records, mut count, mut next) = (Vec::new(), 0, Some(first));
+            while let Some(delivery) = next {
+                count += self.take(delivery, &mut records);
+                next = match &mut self.consumer {
+                    Some(consumer) if count < RECORDS => consumer.try_next(),
+                    _ => None,
+                };
             }
-            let records: Vec<_> = deliveries.into_iter().flat_map(|delivery| self.take(delivery)).collect();
             if let (Some(consumer), Some(permits)) = (&self.consumer, self.ahead.permits())
                 && consumer.permit(permits).await.is_err()
             {
@@ -228,11 +228,13 @@ impl Feed {
         Ok(None)
     }
 
-    /// The wanted messages of an entry.
-    fn take(&mut self, delivery: Delivery) -> Vec<Record> {
-        let Delivery { id, entry, .. } = delivery;
-        self.ahead.came(record::count(&entry), entry.as_ref().map_or(0, |entry| entry.data.len()));
-        let came = (id.ledger_id, id.entry_id);
+    /// Takes the wanted messages of an entry. Returns how many it holds.
+    fn take(&mut self, delivery: Delivery, into: &mut Vec<Record>) -> usize {
+        let Delivery { place: first, entry, .. } = delivery;
+        let entry = entry.open();
+        let count = record::count(&entry);
+        self.ahead.came(count, entry.as_ref().map_or(0, |entry| entry.data.len()));
+        let came = (first.ledger, first.entry);
         let floor = self.floor();
         if std::mem::take(&mut self.fresh) {
             // We subscribe at the floor's own entry: where another comes first, that one is gone.
@@ -241,22 +243,23 @@ impl Feed {
         self.ended |= self.until.is_some_and(|until| came >= (until.ledger, until.entry));
         let inclusive = self.last.is_none() && matches!(self.from, From::At(_));
         let wanted = |index| {
-            let place = Place { ledger: id.ledger_id, entry: id.entry_id, index };
+            let place = Place { index, ..first };
             floor.is_none_or(|floor| place > floor || (inclusive && place == floor))
                 && self.until.is_none_or(|until| place <= until)
         };
-        let mut records = Vec::new();
-        record::unpack(&self.topic, self.partition, &id, entry, wanted, &mut records);
+        let before = into.len();
+        record::unpack(&self.topic, self.partition, first, entry, wanted, into);
         // Of an entry that cannot be read nothing says what it held.
-        records.retain(|record| wanted(record.place.index));
+        into.extract_if(before.., |record| !wanted(record.place.index)).for_each(drop);
         if let (From::Time(from), None) = (self.from, self.last) {
             // The broker looked at publish times, and a message is accepted a little before it is published.
-            records.retain(|record| record.message.as_ref().is_ok_and(|message| message.ts >= from));
+            let is_later = |record: &Record| record.message.as_ref().is_ok_and(|message| message.ts >= from);
+            into.extract_if(before.., |record| !is_later(record)).for_each(drop);
         }
-        if let Some(record) = records.last() {
+        if let Some(record) = into[before..].last() {
             self.last = Some(record.place);
         }
-        records
+        count as usize
     }
 
     /// What lies before it has come or is not wanted.

@@ -10,7 +10,6 @@ use uuid::Uuid;
 use super::cluster::Cluster;
 use super::consumer::Consumer;
 use super::fault::Fault;
-use super::feed;
 use super::names::Physical;
 use super::record;
 use crate::message::{Place, Timestamp};
@@ -57,13 +56,14 @@ pub async fn find(
     consumer.permit(AHEAD).await?;
     let mut used = 0;
     while let Some(delivery) = consumer.next().await {
-        used += record::count(&delivery.entry);
+        let entry = delivery.entry.open();
+        used += record::count(&entry);
         if used > AHEAD / 2 {
             consumer.permit(std::mem::take(&mut used)).await?;
         }
-        if let Ok(entry) = &delivery.entry
+        if let Ok(entry) = entry
             && entry.metadata.producer_name == *producer
-            && seen(entry.metadata.sequence_id, feed::place(&delivery.id))
+            && seen(entry.metadata.sequence_id, delivery.place)
         {
             return Ok(());
         }

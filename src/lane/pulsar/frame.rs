@@ -11,7 +11,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::Message as _;
 use prost::encoding::{encode_varint, encoded_len_varint};
 use pulsar::proto::base_command::Type;
-use pulsar::proto::{BaseCommand, CommandMessage, CommandSendReceipt, CompressionType, MessageMetadata};
+use pulsar::proto::{BaseCommand, CommandSendReceipt, CompressionType, MessageMetadata};
 
 use super::newer::{self, NewerCommand};
 
@@ -26,7 +26,7 @@ const TYPE_FIELD: u8 = 1 << 3;
 #[derive(Debug)]
 pub enum Frame {
     Receipt(CommandSendReceipt),
-    Message(CommandMessage, Result<Entry, Broken>),
+    Message(Delivered, Packed),
     Newer(NewerCommand),
     Other(Box<BaseCommand>),
 }
@@ -37,8 +37,33 @@ struct Hot {
     #[prost(message, optional, tag = "7")]
     receipt: Option<CommandSendReceipt>,
     #[prost(message, optional, tag = "9")]
-    message: Option<CommandMessage>,
+    message: Option<Delivered>,
 }
+
+/// A `CommandMessage` as far as it is of use, in a third of the bytes.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Delivered {
+    #[prost(uint64, required, tag = "1")]
+    pub consumer_id: u64,
+    #[prost(message, required, tag = "2")]
+    pub id: EntryId,
+    #[prost(uint32, optional, tag = "3")]
+    pub redelivery_count: Option<u32>,
+    #[prost(int64, repeated, packed = "false", tag = "4")]
+    pub ack_set: Vec<i64>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct EntryId {
+    #[prost(uint64, required, tag = "1")]
+    pub ledger: u64,
+    #[prost(uint64, required, tag = "2")]
+    pub entry: u64,
+}
+
+/// An entry as it came: whoever opens it learns whether it is whole.
+#[derive(Debug, Clone)]
+pub struct Packed(Bytes);
 
 /// What one publish of one producer stored: a message, or a batch of them.
 #[derive(Debug, Clone)]
@@ -123,7 +148,7 @@ pub fn decode(from: &mut BytesMut) -> Result<Option<Frame>, NotAFrame> {
     if size > frame.len() {
         return Err(NotAFrame("its command is longer than the frame"));
     }
-    let command = frame.split_to(size);
+    let (command, _) = frame.split_at(size);
     const UNREADABLE: NotAFrame = NotAFrame("its command is unreadable");
     // The type is the first field, and every type is less than a byte.
     let kind = command.get(1).filter(|_| command.first() == Some(&TYPE_FIELD)).copied();
@@ -131,7 +156,8 @@ pub fn decode(from: &mut BytesMut) -> Result<Option<Frame>, NotAFrame> {
         match Hot::decode(command).map_err(|_| UNREADABLE)? {
             Hot { receipt: Some(receipt), .. } => return Ok(Some(Frame::Receipt(receipt))),
             Hot { message: Some(message), .. } => {
-                return Ok(Some(Frame::Message(message, entry(frame).ok_or(Broken))));
+                frame.advance(size);
+                return Ok(Some(Frame::Message(message, Packed(frame))));
             }
             _ => return Err(UNREADABLE),
         }
@@ -186,26 +212,33 @@ pub fn send(send: &Send<'_>, body: &[u8]) -> BytesMut {
     head
 }
 
-fn entry(mut bytes: Bytes) -> Option<Entry> {
-    // A producer may leave the checksum out; then the metadata's size comes at once.
-    if bytes.first_chunk::<2>().map(|magic| u16::from_be_bytes(*magic)) == Some(CHECKSUM_FOLLOWS) {
-        bytes.advance(2);
-        let checksum = bytes.try_get_u32().ok()?;
-        if crc32c::crc32c(&bytes) != checksum {
+impl Packed {
+    pub fn open(self) -> Result<Entry, Broken> {
+        self.whole().ok_or(Broken)
+    }
+
+    fn whole(self) -> Option<Entry> {
+        let Self(mut bytes) = self;
+        // A producer may leave the checksum out; then the metadata's size comes at once.
+        if bytes.first_chunk::<2>().map(|magic| u16::from_be_bytes(*magic)) == Some(CHECKSUM_FOLLOWS) {
+            bytes.advance(2);
+            let checksum = bytes.try_get_u32().ok()?;
+            if crc32c::crc32c(&bytes) != checksum {
+                return None;
+            }
+        }
+        let size = bytes.try_get_u32().ok()? as usize;
+        if size > bytes.len() {
             return None;
         }
+        let metadata = Metadata::decode(bytes.split_to(size)).ok()?;
+        Some(Entry { metadata, data: bytes })
     }
-    let size = bytes.try_get_u32().ok()? as usize;
-    if size > bytes.len() {
-        return None;
-    }
-    let metadata = Metadata::decode(bytes.split_to(size)).ok()?;
-    Some(Entry { metadata, data: bytes })
 }
 
 #[cfg(test)]
 mod tests {
-    use pulsar::proto::{CommandPing, MessageIdData};
+    use pulsar::proto::{CommandMessage, CommandPing, MessageIdData};
 
     use super::*;
 
@@ -242,7 +275,7 @@ mod tests {
 
     fn entry_of(frame: Frame) -> Result<Entry, Broken> {
         match frame {
-            Frame::Message(message, entry) if message.consumer_id == 9 => entry,
+            Frame::Message(message, entry) if message.consumer_id == 9 => entry.open(),
             other => panic!("{other:?}"),
         }
     }

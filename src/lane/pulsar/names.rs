@@ -13,6 +13,8 @@ pub struct Physical {
     full: String,
     /// Where the local name begins.
     local: usize,
+    /// Where it ends as far as it is the topic's, and not a partition's.
+    whole: usize,
 }
 
 const SCHEME: &str = "persistent://";
@@ -35,12 +37,23 @@ impl Physical {
             return None;
         }
         let local = full.len() - local.len();
-        Some(Self { full, local })
+        Some(Self::split_at(full, local))
     }
 
     /// A topic of a namespace. Both are taken as they are.
     pub fn within(namespace: &str, local: &str) -> Self {
-        Self { full: format!("{SCHEME}{namespace}/{local}"), local: SCHEME.len() + namespace.len() + 1 }
+        Self::split_at(format!("{SCHEME}{namespace}/{local}"), SCHEME.len() + namespace.len() + 1)
+    }
+
+    /// No topic of ours ends like a partition.
+    fn split_at(full: String, local: usize) -> Self {
+        let whole = match full.rsplit_once("-partition-") {
+            Some((whole, digits)) if !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) => {
+                whole.len()
+            }
+            _ => full.len(),
+        };
+        Self { full, local, whole }
     }
 
     pub fn as_str(&self) -> &str {
@@ -57,25 +70,17 @@ impl Physical {
     }
 
     pub fn partition(&self, number: u32) -> Self {
-        Self { full: format!("{}-partition-{number}", self.full), local: self.local }
+        Self::split_at(format!("{}-partition-{number}", self.full), self.local)
     }
 
-    /// The topic that this is a partition of, or itself. (No topic of ours ends like a partition.)
+    /// The topic that this is a partition of, or itself.
     pub fn whole(mut self) -> Self {
-        if let Some(length) = self.whole_length() {
-            self.full.truncate(length);
-        }
+        self.full.truncate(self.whole);
         self
     }
 
     pub fn is_partition(&self) -> bool {
-        self.whole_length().is_some()
-    }
-
-    /// How long the name of the topic is that this is a partition of.
-    fn whole_length(&self) -> Option<usize> {
-        let (whole, digits) = self.full.rsplit_once("-partition-")?;
-        (!digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())).then_some(whole.len())
+        self.whole < self.full.len()
     }
 }
 

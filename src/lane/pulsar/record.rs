@@ -12,7 +12,7 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::{Buf, BufMut, Bytes};
 use prost::Message as _;
 use prost::encoding::{encode_varint, encoded_len_varint};
-use pulsar::proto::{CompressionType, KeyValue, MessageIdData, MessageMetadata};
+use pulsar::proto::{CompressionType, KeyValue, MessageMetadata};
 
 use super::frame::{Broken, Entry, Metadata, Property};
 use crate::lane::contract::LaneError;
@@ -189,31 +189,30 @@ pub fn count(entry: &Result<Entry, Broken>) -> u32 {
 pub fn unpack(
     topic: &Topic,
     partition: u32,
-    id: &MessageIdData,
+    first: Place,
     entry: Result<Entry, Broken>,
     wanted: impl Fn(u32) -> bool,
     into: &mut Vec<Record>,
 ) {
-    let place = |index| Place { ledger: id.ledger_id, entry: id.entry_id, index };
+    let place = |index| Place { index, ..first };
     let before = into.len();
     let published = entry.as_ref().map_or_else(
         |Broken| Timestamp::now(),
         |entry| Timestamp::from_millis(i64::try_from(entry.metadata.publish_time).unwrap_or(i64::MAX)),
     );
     // Hashing costs as much as the rest of a message, so an entry is hashed once.
-    let first =
-        LazyCell::new(|| MessageId::derived(topic.as_str(), format_args!("{partition}:{}", place(0))));
+    let derived = LazyCell::new(|| MessageId::derived(topic.as_str(), format_args!("{partition}:{first}")));
     let read = entry.map_err(|Broken| Unreadable::Checksum).and_then(|Entry { metadata, data }| {
         singles(metadata, data, |index, single| {
             if wanted(index) {
-                let message = Ok(single.message(published, || first.nth(index)));
+                let message = Ok(single.message(published, || derived.nth(index)));
                 into.push(Record { place: place(index), published, message });
             }
         })
     });
     if let Err(unreadable) = read {
         into.truncate(before);
-        into.push(Record { place: place(0), published, message: Err(unreadable) });
+        into.push(Record { place: first, published, message: Err(unreadable) });
     }
 }
 
@@ -320,7 +319,9 @@ pub fn fold(body: &[u8], by: Compression) -> Option<(Bytes, CompressionType)> {
             Compression::Lz4 => {
                 (lz4::block::compress_to_buffer(body, fast(), false, folded).ok()?, CompressionType::Lz4)
             }
-            Compression::Zstd => (zstd::bulk::compress_to_buffer(body, folded, ZSTD_LEVEL).ok()?, CompressionType::Zstd),
+            Compression::Zstd => {
+                (zstd::bulk::compress_to_buffer(body, folded, ZSTD_LEVEL).ok()?, CompressionType::Zstd)
+            }
         };
         (size < body.len()).then(|| (Bytes::copy_from_slice(&folded[..size]), kind))
     })
@@ -411,13 +412,11 @@ mod tests {
         Ok(Entry { metadata, data: data.into() })
     }
 
-    fn id() -> MessageIdData {
-        MessageIdData { ledger_id: 3, entry_id: 7, ..Default::default() }
-    }
+    const FIRST: Place = Place { ledger: 3, entry: 7, index: 0 };
 
     fn all(entry: Result<Entry, Broken>) -> Vec<Record> {
         let mut records = Vec::new();
-        unpack(&topic(), 2, &id(), entry, |_| true, &mut records);
+        unpack(&topic(), 2, FIRST, entry, |_| true, &mut records);
         records
     }
 
@@ -494,7 +493,7 @@ mod tests {
     fn each_message_of_a_batch_has_its_index_and_only_the_wanted_ones_come() {
         let (metadata, data) = batch(&["a", "", "ccc"]);
         let mut records = Vec::new();
-        unpack(&topic(), 0, &id(), entry(metadata, data), |index| index != 1, &mut records);
+        unpack(&topic(), 0, FIRST, entry(metadata, data), |index| index != 1, &mut records);
         let read: Vec<_> = records
             .iter()
             .map(|record| (record.place.index, &*record.message.as_ref().unwrap().payload))

@@ -27,7 +27,7 @@ use pulsar::proto::{
     AuthData, BaseCommand, CommandAuthResponse, CommandCloseConsumer, CommandCloseProducer, CommandConnect,
     CommandGetSchema, CommandGetTopicsOfNamespace, CommandLookupTopic, CommandLookupTopicResponse,
     CommandPartitionedTopicMetadata, CommandPing, CommandPong, CommandProducer, CommandProducerSuccess,
-    CommandSendError, CommandSendReceipt, FeatureFlags, MessageIdData, Schema,
+    CommandSendError, CommandSendReceipt, FeatureFlags, Schema,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -38,8 +38,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::address::Address;
 use super::credentials::Credentials;
 use super::fault::Fault;
-use super::frame::{self, Broken, Entry, Frame};
+use super::frame::{self, Frame, Packed};
 use super::newer::{Changed, NewerCommand};
+use crate::message::Place;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -63,12 +64,13 @@ pub const MESSAGE_BYTES_MAX: usize = 5 << 20;
 /// An entry on its way to the owner of a consumer.
 #[derive(Debug)]
 pub struct Delivery {
-    pub id: MessageIdData,
+    /// Of the entry's first message.
+    pub place: Place,
     /// How often the broker delivered it before, as far as it knows.
     pub redelivered: u32,
     /// Of a batch, the messages that are not acknowledged yet, a bit each; empty: all.
     pub unacked: Vec<i64>,
-    pub entry: Result<Entry, Broken>,
+    pub entry: Packed,
 }
 
 /// What publishes on a session. Each time it was attached it gets another `epoch`, and what is said of an earlier one
@@ -648,7 +650,7 @@ impl Incoming {
             }
             Frame::Message(message, entry) => {
                 let delivery = Delivery {
-                    id: message.message_id,
+                    place: Place { ledger: message.id.ledger, entry: message.id.entry, index: 0 },
                     redelivered: message.redelivery_count.unwrap_or_default(),
                     unacked: message.ack_set,
                     entry,

@@ -417,8 +417,9 @@ impl Share {
     }
 
     fn unpack(&mut self, delivery: Delivery, none_lost: bool, ready: &mut Vec<Result<Handed, LaneError>>) {
-        let Delivery { id, redelivered, unacked, entry } = delivery;
-        let key = (id.ledger_id, id.entry_id);
+        let Delivery { place: first, redelivered, unacked, entry } = delivery;
+        let key = (first.ledger, first.entry);
+        let entry = entry.open();
         let count = record::count(&entry) as usize;
         if self.closed && self.entries.get(&key).is_some_and(|held| held.came_back(&unacked)) {
             // Somebody else has sought the group, or the topic moved and its broker lost what it had confirmed last.
@@ -442,9 +443,11 @@ impl Share {
         let slots = &held.slots;
         let wanted = |index: u32| slots.get(index as usize).is_some_and(|slot| slot.state != State::Acked);
         let mut records = std::mem::take(&mut self.records);
-        record::unpack(&self.topic, self.partition, &id, entry, wanted, &mut records);
+        record::unpack(&self.topic, self.partition, first, entry, wanted, &mut records);
 
         let (partition, era, epoch) = (self.partition, self.era, self.epoch);
+        // Of an entry that holds one message the broker delivers that one again.
+        let keeps_copies = !self.gives_back || count > 1;
         let (mut kept, mut copies, mut next) = (0, 0, 0);
         held.unreadable = false;
         for Record { place, published, message } in records.drain(..) {
@@ -470,7 +473,7 @@ impl Share {
             let envelope = Arc::new(Envelope::durable(self.topic.clone(), message, stored));
             // A copy of what the client has, and what has its room already, takes none.
             copies += u32::from(std::mem::replace(&mut slot.permit, epoch) == epoch);
-            slot.envelope = Some(envelope.clone());
+            slot.envelope = keeps_copies.then(|| envelope.clone());
             if matches!(slot.state, State::Waiting | State::Out) {
                 // The broker did not know of the delay, or that the client still has it. It keeps to it here.
                 continue;
@@ -495,7 +498,9 @@ impl Share {
         } else if kept == 0 {
             self.acknowledge(vec![key], Vec::new());
         }
-        if let Some(held) = self.entries.get(&key).filter(|_| count > 1) {
+        if count > 1
+            && let Some(held) = self.entries.get(&key)
+        {
             count_within(&mut self.within, key, held);
             self.desk.count_within(self.partition, self.within.values().sum());
         }

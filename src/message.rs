@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::Write as _;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -121,11 +120,17 @@ impl MessageId {
     }
 
     /// The id of a message that came from a native client without one: the same on every bridge.
-    pub fn derived(topic: &str, position: impl fmt::Display) -> Self {
+    pub fn derived(topic: &str, partition: u32, place: Place) -> Self {
         // A UUIDv5 of a URL. Hashed here, because `uuid` hashes a name that is whole, and in software.
         let mut hash = Sha1::new_with_prefix(Uuid::NAMESPACE_URL);
-        // Writing into a hash does not fail.
-        let _ = write!(hash, "twinspan:{topic}:{position}");
+        hash.update("twinspan:");
+        hash.update(topic);
+        let mut digits = itoa::Buffer::new();
+        let numbers = [partition.into(), place.ledger, place.entry, place.index.into()];
+        for (before, number) in [":", ":", "-", "-"].into_iter().zip(numbers) {
+            hash.update(before);
+            hash.update(digits.format(number));
+        }
         let mut bytes = [0; 16];
         bytes.copy_from_slice(&hash.finalize()[..16]);
         Self(uuid::Builder::from_sha1_bytes(bytes).into_uuid())
@@ -712,7 +717,7 @@ mod tests {
     #[test]
     fn the_id_of_a_native_message_is_the_uuid_v5_of_its_place() {
         // By Python's `uuid.uuid5(uuid.NAMESPACE_URL, "twinspan:orders.eu:2:3-7-0")`.
-        let derived = MessageId::derived("orders.eu", "2:3-7-0");
+        let derived = MessageId::derived("orders.eu", 2, Place { ledger: 3, entry: 7, index: 0 });
         assert_eq!(derived.to_string(), "4038f444-807f-5fa8-a49f-3f4836d015cf");
     }
 

@@ -11,7 +11,7 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::Message;
-use twinspan::message::{Draft, Envelope, MessageId, Timestamp};
+use twinspan::message::{Draft, Envelope, MessageId, Place, Timestamp};
 use twinspan::topic::Topic;
 use twinspan::wire::code::Code;
 use twinspan::wire::json::heard::Heard;
@@ -252,7 +252,10 @@ impl Frames {
     fn message(&mut self) -> Value {
         let mut message = json!({"payload": self.payload()});
         match self.rng.u8(..8) {
-            0 => message["id"] = json!(MessageId::derived("seed", self.made).to_string()),
+            0 => {
+                let place = Place { ledger: 0, entry: self.made as u64, index: 0 };
+                message["id"] = json!(MessageId::derived("seed", 0, place).to_string());
+            }
             1 => message["key"] = json!("k"),
             2 => message["headers"] = json!({"a": "b", "traceparent": "00-1-2-3"}),
             3 => message["event_time"] = json!("2026-11-21T09:00:00.123Z"),

@@ -1,5 +1,6 @@
 //! A subscription on a session: what comes by it, and what its owner may say.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use pulsar::proto::base_command::Type;
@@ -17,7 +18,9 @@ use super::session::{Delivery, Session, command, unexpected};
 pub struct Consumer {
     session: Arc<Session>,
     id: u64,
-    deliveries: mpsc::UnboundedReceiver<Delivery>,
+    deliveries: mpsc::UnboundedReceiver<Vec<Delivery>>,
+    /// What has come and was not taken.
+    came: VecDeque<Delivery>,
     activated: watch::Receiver<u32>,
 }
 
@@ -25,7 +28,7 @@ impl Consumer {
     /// Subscribes. Nothing comes before the first permits are given.
     pub async fn subscribe(session: Arc<Session>, subscribe: CommandSubscribe) -> Result<Self, Fault> {
         let (id, deliveries, activated) = session.attach();
-        let consumer = Consumer { session, id, deliveries, activated };
+        let consumer = Consumer { session, id, deliveries, came: VecDeque::new(), activated };
         let answer = consumer
             .session
             .request(|request_id| BaseCommand {
@@ -39,21 +42,27 @@ impl Consumer {
     /// The next entry; `None` once the connection is lost or the broker moved the topic: subscribe again then.
     /// Cancel safe.
     pub async fn next(&mut self) -> Option<Delivery> {
-        self.deliveries.recv().await
+        if self.came.is_empty() {
+            self.came = self.deliveries.recv().await?.into();
+        }
+        self.came.pop_front()
     }
 
-    /// The entries that have come, at most so many, or none where the broker has made this the active consumer. `false`:
-    /// as `next` has it, subscribe again. Cancel safe.
-    pub async fn next_or_active(&mut self, into: &mut Vec<Delivery>, max: usize) -> bool {
+    /// What came together, or nothing where the broker has made this the active consumer. `None`: as `next` has it,
+    /// subscribe again. Cancel safe; not to be mixed with `next`.
+    pub async fn next_or_active(&mut self) -> Option<Vec<Delivery>> {
         tokio::select! {
-            Ok(()) = self.activated.changed() => true,
-            count = self.deliveries.recv_many(into, max) => count > 0,
+            Ok(()) = self.activated.changed() => Some(Vec::new()),
+            came = self.deliveries.recv() => came,
         }
     }
 
     /// What has come already.
     pub fn try_next(&mut self) -> Option<Delivery> {
-        self.deliveries.try_recv().ok()
+        if self.came.is_empty() {
+            self.came = self.deliveries.try_recv().ok()?.into();
+        }
+        self.came.pop_front()
     }
 
     /// Closes it before its owner gets round to it.

@@ -18,8 +18,10 @@ pub type Key = (u64, u64);
 #[derive(Default)]
 pub struct Held {
     pub slots: SmallVec<[Slot; 1]>,
-    /// Acknowledgements under way.
-    pub acking: usize,
+    /// Acknowledgements that the broker has not confirmed.
+    pub acking: u32,
+    /// One of them is not under way yet.
+    pub untold: bool,
     /// In the list of the past.
     pub past: bool,
     /// Nobody can have it, and it is not acknowledged.

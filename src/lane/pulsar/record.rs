@@ -201,7 +201,7 @@ pub fn unpack(
         |entry| Timestamp::from_millis(i64::try_from(entry.metadata.publish_time).unwrap_or(i64::MAX)),
     );
     // Hashing costs as much as the rest of a message, so an entry is hashed once.
-    let derived = LazyCell::new(|| MessageId::derived(topic.as_str(), format_args!("{partition}:{first}")));
+    let derived = LazyCell::new(|| MessageId::derived(topic.as_str(), partition, first));
     let read = entry.map_err(|Broken| Unreadable::Checksum).and_then(|Entry { metadata, data }| {
         singles(metadata, data, |index, single| {
             if wanted(index) {
@@ -461,7 +461,10 @@ mod tests {
     fn a_native_message_gets_the_id_of_its_place_and_its_publish_time() {
         let metadata = MessageMetadata { publish_time: 1000, ..Default::default() };
         let message = all(entry(metadata, "x")).remove(0).message.unwrap();
-        assert_eq!(message.id, Some(MessageId::derived("orders.eu", "2:3-7-0")));
+        assert_eq!(
+            message.id,
+            Some(MessageId::derived("orders.eu", 2, Place { ledger: 3, entry: 7, index: 0 }))
+        );
         assert_eq!(message.ts, Timestamp::from_millis(1000));
         assert_eq!(message.event_time, None);
     }
@@ -483,7 +486,7 @@ mod tests {
     fn the_native_messages_of_a_batch_have_ids_of_their_own() {
         let (metadata, data) = batch(&["a", "b", "c"]);
         let ids = all(entry(metadata, data)).into_iter().map(|record| record.message.unwrap().id.unwrap());
-        let first = MessageId::derived("orders.eu", "2:3-7-0");
+        let first = MessageId::derived("orders.eu", 2, Place { ledger: 3, entry: 7, index: 0 });
         let ids: Vec<_> = ids.collect();
         assert_eq!(ids, [first, first.nth(1), first.nth(2)]);
         assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2]);

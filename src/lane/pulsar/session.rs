@@ -123,7 +123,7 @@ struct Placed {
 }
 
 struct Attached {
-    deliver: mpsc::UnboundedSender<Delivery>,
+    deliver: mpsc::UnboundedSender<Vec<Delivery>>,
     /// How often the broker made it the active one.
     active: watch::Sender<u32>,
 }
@@ -407,7 +407,7 @@ impl Session {
     }
 
     /// A consumer's number, and what the broker will send it. Bounded by the permits that its owner gives.
-    pub fn attach(&self) -> (u64, mpsc::UnboundedReceiver<Delivery>, watch::Receiver<u32>) {
+    pub fn attach(&self) -> (u64, mpsc::UnboundedReceiver<Vec<Delivery>>, watch::Receiver<u32>) {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (deliver, deliveries) = mpsc::unbounded_channel();
         let (active, activated) = watch::channel(0);
@@ -600,6 +600,13 @@ async fn write(
     let _ = stream.shutdown().await;
 }
 
+/// Entries for the same consumer that came one behind the other.
+#[derive(Default)]
+struct Run {
+    consumer: u64,
+    deliveries: Vec<Delivery>,
+}
+
 struct Incoming {
     shared: Arc<Shared>,
     outgoing: mpsc::Sender<Bytes>,
@@ -623,10 +630,12 @@ impl Incoming {
         bytes: &mut BytesMut,
     ) -> Result<std::convert::Infallible, String> {
         let mut heard = Instant::now();
+        let mut run = Run::default();
         loop {
             while let Some(frame) = frame::decode(bytes).map_err(|error| error.to_string())? {
-                self.dispatch(frame)?;
+                self.dispatch(frame, &mut run)?;
             }
+            self.deliver(&mut run);
             if bytes.capacity() - bytes.len() < READ_BYTES / 8 {
                 bytes.reserve(READ_BYTES);
             }
@@ -640,7 +649,7 @@ impl Incoming {
         }
     }
 
-    fn dispatch(&self, frame: Frame) -> Result<(), String> {
+    fn dispatch(&self, frame: Frame, run: &mut Run) -> Result<(), String> {
         let mut command = match frame {
             Frame::Receipt(receipt) => {
                 if let Some((_, outlet)) = self.shared.outlet(receipt.producer_id) {
@@ -655,10 +664,11 @@ impl Incoming {
                     unacked: message.ack_set,
                     entry,
                 };
-                if let Some(consumer) = self.shared.users().consumers.get(&message.consumer_id) {
-                    // Its owner is gone just now: the broker is told by the owner's end.
-                    let _ = consumer.deliver.send(delivery);
+                if run.consumer != message.consumer_id {
+                    self.deliver(run);
+                    run.consumer = message.consumer_id;
                 }
+                run.deliveries.push(delivery);
                 return Ok(());
             }
             Frame::Newer(NewerCommand { watching: Some(watching), .. }) => {
@@ -679,6 +689,8 @@ impl Incoming {
             Frame::Newer(_) => return Ok(()),
             Frame::Other(command) => command,
         };
+        // Where it is the consumer's end, what came before it still comes.
+        self.deliver(run);
         if let Some(closed) = &command.close_consumer {
             self.shared.users().consumers.remove(&closed.consumer_id);
         } else if let Some(change) = &command.active_consumer_change {
@@ -721,6 +733,18 @@ impl Incoming {
             let _ = waiting.send(answer);
         }
         Ok(())
+    }
+
+    /// Hands over what came for one consumer, all of it in one go.
+    fn deliver(&self, run: &mut Run) {
+        if run.deliveries.is_empty() {
+            return;
+        }
+        let deliveries = std::mem::take(&mut run.deliveries);
+        if let Some(consumer) = self.shared.users().consumers.get(&run.consumer) {
+            // Its owner is gone just now: the broker is told by the owner's end.
+            let _ = consumer.deliver.send(deliveries);
+        }
     }
 
     /// Never waits: the reader must go on, or nobody reads what would make room.

@@ -13,15 +13,12 @@
 //! (`ack_set`), and what the broker delivers again is held against what was acknowledged here: it may have been sent
 //! before the acknowledgement arrived.
 
-use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use foldhash::fast::RandomState;
-use futures_util::StreamExt;
-use futures_util::future::BoxFuture;
-use futures_util::stream::FuturesUnordered;
+use futures_util::future::{BoxFuture, OptionFuture};
 use pulsar::proto::command_subscribe::{InitialPosition, SubType};
 use pulsar::proto::{CommandSubscribe, KeySharedMeta, KeySharedMode, MessageIdData};
 use tokio::sync::{Barrier, mpsc, oneshot};
@@ -51,7 +48,7 @@ const WAITING_FREE: usize = 10_000;
 const KEPT_FREE: usize = 1000;
 /// How long the members that were sought wait for each other.
 const MEET: Duration = Duration::from_millis(500);
-/// Commands and events taken in one go.
+/// Commands taken in one go.
 const TURN: usize = 256;
 
 pub enum Settle {
@@ -71,17 +68,18 @@ pub enum Settle {
     },
 }
 
-/// An acknowledgement on its way.
-struct Acking {
+/// Acknowledgements that the broker gets together, and who waits for them.
+#[derive(Default)]
+struct Acks {
     keys: Vec<Key>,
     done: Vec<oneshot::Sender<()>>,
 }
 
-impl Acking {
-    fn confirm(self) {
-        for done in self.done {
-            // Whoever waited for it may have given up.
-            let _ = done.send(());
+impl Acks {
+    fn add(&mut self, key: Key, held: &mut Held) {
+        if !std::mem::replace(&mut held.untold, true) {
+            held.acking += 1;
+            self.keys.push(key);
         }
     }
 }
@@ -154,21 +152,22 @@ pub struct Share {
     freed: u32,
     /// Permits that the broker has not used. A batch may take more than there are.
     open: i64,
-    /// By places that the broker numbers.
-    entries: HashMap<Key, Held, RandomState>,
+    /// In the order in which most of them come and go, so that what is used next lies beside what was used last.
+    entries: BTreeMap<Key, Held>,
     /// How many messages are acknowledged of each entry of which others are left.
     within: BTreeMap<Key, u64>,
     past: VecDeque<Key>,
     /// When which message has waited long enough; the number tells equal times apart.
     due: BTreeMap<(Instant, u64), (Key, usize)>,
     nacked: u64,
-    /// Acknowledgements that the broker has not confirmed, by number.
-    unconfirmed: BTreeMap<u64, Acking>,
-    acked: u64,
+    /// What the next acknowledgement tells the broker.
+    untold: Acks,
+    /// What the one under way tells it. It has not confirmed that.
+    told: Acks,
+    /// Its answer, on this subscription.
+    answer: Option<BoxFuture<'static, Result<(), Fault>>>,
     /// Room for the messages of an entry, kept from one to the next.
     records: Vec<Record>,
-    /// The answers to them on this subscription.
-    answers: FuturesUnordered<BoxFuture<'static, (u64, Result<(), Fault>)>>,
 }
 
 impl Share {
@@ -204,15 +203,15 @@ impl Share {
             waits: false,
             freed: 0,
             open: 0,
-            entries: HashMap::default(),
+            entries: BTreeMap::new(),
             within: BTreeMap::new(),
             past: VecDeque::new(),
             due: BTreeMap::new(),
             nacked: 0,
-            unconfirmed: BTreeMap::new(),
-            acked: 0,
+            untold: Acks::default(),
+            told: Acks::default(),
+            answer: None,
             records: Vec::new(),
-            answers: FuturesUnordered::new(),
         };
         let mut patience = Patience::default();
         while let Err(fault) = share.connect().await {
@@ -274,12 +273,10 @@ impl Share {
         let next_due = self.due.first_key_value().map(|((at, _), _)| *at);
         let entries = &self.entries;
         let held = || entries.values().filter(|held| held.is_here()).count() as u64;
-        let (mut came, mut settling) = (Vec::new(), Vec::new());
+        let mut settling = Vec::new();
         tokio::select! {
-            is_open = consumer.next_or_active(&mut came, TURN) => {
-                if !is_open {
-                    return Err(lost());
-                }
+            came = consumer.next_or_active() => {
+                let came = came.ok_or_else(lost)?;
                 match came.is_empty() {
                     true => self.waits = false,
                     false => {
@@ -294,11 +291,12 @@ impl Share {
                 }
                 self.settle(settling).await?;
             }
-            Some((number, answer)) = self.answers.next() => {
+            Some(answer) = OptionFuture::from(self.answer.as_mut()) => {
+                self.answer = None;
                 // Acknowledging twice is no harm, so where this one fails a new subscription does it again.
                 answer?;
                 self.lives = true;
-                self.confirmed(number);
+                self.confirmed();
             }
             () = tokio::time::sleep_until(next_due.unwrap_or_else(Instant::now)), if next_due.is_some() => {
                 self.hand_out_what_is_due().await?;
@@ -322,13 +320,12 @@ impl Share {
         self.lives = false;
         self.waits = self.subscribe.sub_type == SubType::Failover as i32;
         (self.freed, self.open) = (self.quota - self.keep(), 0);
-        for (number, acking) in &self.unconfirmed {
-            let held = acking.keys.iter().filter_map(|key| Some((*key, self.entries.get(key)?)));
-            let ids = held.map(|(key, held)| held.acked(key)).collect();
-            self.answers.push(answer(&consumer, *number, ids));
-        }
         self.desk.opened(self.partition, consumer.closing());
         self.consumer = Some(consumer);
+        let Acks { keys, done } = std::mem::take(&mut self.told);
+        self.untold.keys.extend(keys);
+        self.untold.done.extend(done);
+        self.acknowledge();
         if self.gives_back {
             self.lookout.begin();
         }
@@ -343,7 +340,7 @@ impl Share {
     /// has in its hands it may still settle, and where it comes to this member again it is not handed out twice.
     fn disconnect(&mut self) {
         self.closed = self.consumer.take().is_some_and(|consumer| consumer.was_closed());
-        self.answers = FuturesUnordered::new();
+        self.answer = None;
         self.lookout.end();
         for tag in self.desk.withdraw(self.partition) {
             if let Some(slot) = self.slot(tag) {
@@ -383,8 +380,7 @@ impl Share {
         self.desk.count_within(self.partition, 0);
         self.past.clear();
         self.due.clear();
-        self.unconfirmed.clear();
-        self.answers = FuturesUnordered::new();
+        (self.untold, self.told, self.answer) = (Acks::default(), Acks::default(), None);
     }
 
     /// What the client still has in its hands takes room of the new subscription too. Returns how much.
@@ -414,6 +410,7 @@ impl Share {
             self.unpack(delivery, none_lost, &mut ready);
         }
         self.desk.put(ready);
+        self.acknowledge();
     }
 
     fn unpack(&mut self, delivery: Delivery, none_lost: bool, ready: &mut Vec<Result<Handed, LaneError>>) {
@@ -496,7 +493,7 @@ impl Share {
             // Nobody has had it, so it is not acknowledged; it comes again with the next subscription.
             self.retire(key);
         } else if kept == 0 {
-            self.acknowledge(vec![key], Vec::new());
+            self.untold.add(key, held);
         }
         if count > 1
             && let Some(held) = self.entries.get(&key)
@@ -508,13 +505,15 @@ impl Share {
 
     async fn settle(&mut self, settling: Vec<Settle>) -> Result<(), Fault> {
         let mut sought = false;
-        let mut keys = Vec::new();
-        let mut waiting = Vec::new();
         for settle in settling {
             match settle {
                 Settle::Ack { tags, done } => {
-                    keys.extend(tags.into_iter().filter_map(|tag| self.ack(tag)));
-                    waiting.push(done);
+                    let of_ours = tags.into_iter().filter(|tag| self.ack(*tag)).count();
+                    match of_ours {
+                        // Confirmed before, or of what is no more. Whoever waited for it may have given up.
+                        0 => drop(done.send(())),
+                        _ => self.untold.done.push(done),
+                    }
                 }
                 Settle::Nack { tags, delay } => {
                     let at = Instant::now() + delay;
@@ -525,71 +524,73 @@ impl Share {
                     let _ = waits.send(());
                     self.meeting = done.await.ok();
                     self.forget();
-                    (keys, waiting, sought) = (Vec::new(), Vec::new(), true);
+                    sought = true;
                 }
             }
         }
-        keys.sort_unstable();
-        keys.dedup();
-        self.acknowledge(keys, waiting);
+        self.acknowledge();
         if sought { Err(Fault::Lost("the group was sought".into())) } else { Ok(()) }
     }
 
-    /// Marks a message as done. The entry is to be acknowledged, unless the broker has confirmed all of this already.
-    fn ack(&mut self, tag: Tag) -> Option<Key> {
+    /// Marks a message as done. `false`: the broker has confirmed that already, or it is none of ours.
+    fn ack(&mut self, tag: Tag) -> bool {
         if tag.era != self.era {
-            return None;
+            return false;
         }
         let key = (tag.place.ledger, tag.place.entry);
-        let epoch = self.epoch;
-        let held = self.entries.get_mut(&key)?;
-        let slot = held.slots.get_mut(tag.place.index as usize)?;
-        if matches!(slot.state, State::Acked | State::Done) {
-            return (held.acking > 0).then_some(key);
+        let Some(held) = self.entries.get_mut(&key) else { return false };
+        let Some(slot) = held.slots.get_mut(tag.place.index as usize) else { return false };
+        if !matches!(slot.state, State::Acked | State::Done) {
+            self.freed += u32::from(slot.permit == self.epoch);
+            *slot = Slot { state: State::Acked, attempt: slot.attempt, ..Slot::default() };
+        } else if held.acking == 0 {
+            return false;
         }
-        self.freed += u32::from(slot.permit == epoch);
-        *slot = Slot { state: State::Acked, attempt: slot.attempt, ..Slot::default() };
-        Some(key)
+        self.untold.add(key, held);
+        true
     }
 
-    fn acknowledge(&mut self, mut keys: Vec<Key>, done: Vec<oneshot::Sender<()>>) {
-        let mut ids = Vec::with_capacity(keys.len());
+    /// Tells the broker what was settled since it was told last. One acknowledgement at a time is under way, so that what
+    /// is settled meanwhile goes together; nothing waits where none is.
+    fn acknowledge(&mut self) {
+        let Some(consumer) = &self.consumer else { return };
+        if self.answer.is_some() || self.untold.keys.is_empty() {
+            return;
+        }
         let mut of_batches = false;
-        keys.retain(|key| {
-            let Some(held) = self.entries.get_mut(key) else { return false };
-            held.acking += 1;
+        let mut ids = Vec::with_capacity(self.untold.keys.len());
+        for key in &self.untold.keys {
+            let Some(held) = self.entries.get_mut(key) else { continue };
+            held.untold = false;
             ids.push(held.acked(*key));
             if held.slots.len() > 1 {
                 of_batches = true;
                 count_within(&mut self.within, *key, held);
             }
-            true
-        });
+        }
         if of_batches {
             self.desk.count_within(self.partition, self.within.values().sum());
         }
-        let acking = Acking { keys, done };
-        if acking.keys.is_empty() {
-            return acking.confirm();
-        }
-        self.acked += 1;
-        if let Some(consumer) = &self.consumer {
-            self.answers.push(answer(consumer, self.acked, ids));
-        }
-        self.unconfirmed.insert(self.acked, acking);
+        self.answer = Some(Box::pin(consumer.ack(ids)));
+        self.told = std::mem::take(&mut self.untold);
     }
 
-    fn confirmed(&mut self, number: u64) {
-        let Some(acking) = self.unconfirmed.remove(&number) else { return };
-        for key in &acking.keys {
-            let Some(held) = self.entries.get_mut(key) else { continue };
+    /// The broker has recorded what it was told.
+    fn confirmed(&mut self) {
+        let Acks { keys, done } = std::mem::take(&mut self.told);
+        for key in keys {
+            let Some(held) = self.entries.get_mut(&key) else { continue };
             held.acking -= 1;
             if held.passes() {
-                self.past.push_back(*key);
+                self.past.push_back(key);
             }
         }
         self.forget_oldest();
-        acking.confirm();
+        for done in done {
+            // Whoever waited for it may have given up.
+            let _ = done.send(());
+        }
+        self.acknowledge();
     }
 
     /// Moves an entry that nothing happens to any more to the past.
@@ -709,13 +710,4 @@ fn count_within(within: &mut BTreeMap<Key, u64>, key: Key, held: &Held) {
 /// Whether a membership that once held cannot hold any more. A topic that is gone may come again.
 fn ends(fault: &Fault) -> bool {
     fault.is_lasting() && !fault.is_not_found()
-}
-
-fn answer(
-    consumer: &Consumer,
-    number: u64,
-    ids: Vec<MessageIdData>,
-) -> BoxFuture<'static, (u64, Result<(), Fault>)> {
-    let recorded = consumer.ack(ids);
-    Box::pin(async move { (number, recorded.await) })
 }

@@ -81,8 +81,7 @@ async fn followers_see_what_native_clients_publish_compressed_or_not_in_batches_
             assert_eq!(message.payload, format!("{n} of {batch_size:?}"));
             assert_eq!((message.key.as_deref(), &*message.headers["n"]), (Some("k"), &*n.to_string()));
             let place = envelope.stored.as_ref().unwrap().place;
-            let first =
-                MessageId::derived(bed.topic.as_str(), format_args!("0:{}", Place { index: 0, ..place }));
+            let first = MessageId::derived(bed.topic.as_str(), 0, Place { index: 0, ..place });
             assert_eq!(message.id, Some(first.nth(place.index)));
             assert!(message.ts.age() < SOON);
         }

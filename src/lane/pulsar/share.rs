@@ -508,11 +508,12 @@ impl Share {
         for settle in settling {
             match settle {
                 Settle::Ack { tags, done } => {
-                    let of_ours = tags.into_iter().filter(|tag| self.ack(*tag)).count();
-                    match of_ours {
-                        // Confirmed before, or of what is no more. Whoever waited for it may have given up.
-                        0 => drop(done.send(())),
-                        _ => self.untold.done.push(done),
+                    let mut waits = false;
+                    tags.into_iter().for_each(|tag| waits |= self.ack(tag));
+                    match waits {
+                        true => self.untold.done.push(done),
+                        // Whoever waited for it may have given up.
+                        false => drop(done.send(())),
                     }
                 }
                 Settle::Nack { tags, delay } => {

@@ -1,10 +1,13 @@
 //! Groups on topics whose native publishers batch: an entry is many messages there.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Mutex;
 
+use super::producing::through;
 use super::tap::Tap;
 use super::*;
+use crate::proxy::Proxy;
 use serde_json::json;
 use twinspan::lane::contract::{LaneError, Publisher};
 use twinspan::message::Message;
@@ -31,6 +34,37 @@ async fn what_is_acknowledged_of_a_batch_is_done_and_the_others_come_again() {
     let member = bed.join(Start::Earliest).await;
     bed.batch(10..12).await;
     assert_eq!(sorted(&take(&*member, 2).await), [10, 11], "the first batch is finished");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_acknowledged_as_the_connection_is_lost_is_done_on_the_next_one() {
+    if left_out() {
+        return;
+    }
+    let proxied = Proxy::shared_pulsar().await;
+    let bed = through(&proxied, "persistent://public/default/{topic}").await;
+    for n in 0..3 {
+        bed.publish(n).await;
+    }
+    let member = bed.join(Start::Earliest).await;
+    let held = take(&*member, 3).await;
+    {
+        // The first is on its way and does not arrive; the second is acknowledged meanwhile.
+        proxied.1.hold();
+        let mut first = pin!(member.ack(vec![tag(&held, 0)]));
+        assert!(timeout(Duration::from_millis(100), &mut first).await.is_err());
+        let mut second = pin!(member.ack(vec![tag(&held, 1)]));
+        assert!(timeout(Duration::from_millis(100), &mut second).await.is_err());
+        proxied.1.cut();
+        proxied.1.resume();
+        let (first, second) = soon(async { tokio::join!(first, second) }).await;
+        assert!(first.is_ok() && second.is_ok(), "{first:?}, {second:?}");
+    }
+    drop(member);
+
+    let member = bed.join(Start::Earliest).await;
+    assert_eq!(sorted(&take(&*member, 1).await), [2]);
+    assert_quiet(&*member).await;
 }
 
 #[tokio::test]

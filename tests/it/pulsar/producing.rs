@@ -21,7 +21,7 @@ use crate::durable_contract::{numbers, read};
 use crate::proxy::Proxy;
 
 /// A lane through the proxy, with a topic of its own.
-async fn through(proxied: &(Broker, Proxy), template: &str) -> Bed {
+pub async fn through(proxied: &(Broker, Proxy), template: &str) -> Bed {
     let (broker, proxy) = proxied;
     Bed::with(route("t.>", template), DurableSettings { url: vec![proxy.pulsar_url()], ..settings(broker) })
         .await
